@@ -1,0 +1,303 @@
+"""The configuration of an experiment: frozen dataclasses, every field documented once, here.
+
+A file in `configs/` has a `get_config()` that returns a `Config`; the programs change single fields of it from the
+command line (`--config.optimizer.peak_learning_rate=1e-4`, see `lin_jax.overrides`). Every dataclass checks its own
+fields when it is made, so that a wrong value is refused before anything is read, written or compiled.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting or an input that the user has to change; its message is one line that names it and says how."""
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A dataclass field with its documentation, which `--help` prints."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(default: type, doc: str) -> Any:
+    """A dataclass field that is itself a group of settings."""
+    return dataclasses.field(default_factory=default, metadata={"doc": doc})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name} must be greater than 0, but is {value}")
+
+
+def _require_at_least_zero(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name} must be 0 or more, but is {value}")
+
+
+Local = Literal["relu2", "laplace", "softmax", "none"]
+Implementation = Literal["xla", "reference"]
+FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """One attention layer. The paper's ablations are points of this one config, see `ABLATIONS`."""
+
+    kind: Literal["augmented", "quadratic", "softmax"] = setting(
+        "augmented",
+        "augmented: local groups + grouped linear + convolution; quadratic: the local activation over the whole "
+        "row; softmax: softmax attention over the whole row",
+    )
+    local: Local = setting("relu2", "activation of the scores inside the local window; none turns the branch off")
+    grouped: bool = setting(True, "linear attention to the groups before the local window")
+    feature_map: FeatureMap = setting("identity", "what the grouped branch does to its queries and keys")
+    feature_size: int = setting(256, "width of the random feature maps favor and fourier")
+    convolution: int = setting(32, "taps W of the causal depthwise convolution of the values; 0 turns it off")
+    castling: bool = setting(False, "Castling-ViT's normalised sum of values and attention, instead of plain attention")
+    causal: bool = setting(True, "whether a token sees only itself and earlier ones")
+    group_size: int = setting(256, "tokens G in a group")
+    local_groups: int = setting(1, "groups R in the local window; 1 is the paper's")
+    implementation: Implementation | None = setting(None, "which form computes it; None chooses by device and shape")
+
+    def __post_init__(self):
+        _require_positive(self, "group_size", "local_groups", "feature_size")
+        _require_at_least_zero(self, "convolution")
+        if self.kind == "augmented":
+            on = self.local != "none" or self.grouped or self.convolution > 0
+            require(on, "attention has nothing to compute: turn on local, grouped or convolution")
+        if self.kind == "quadratic":
+            require(
+                self.local in ("relu2", "laplace"),
+                f"kind=quadratic needs local=relu2 or local=laplace, but local is {self.local}",
+            )
+
+
+# The rows of the paper's ablation tables, as changes to an AttentionConfig.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "local": {"kind": "augmented", "grouped": False, "convolution": 0},
+    "grouped": {"kind": "augmented", "local": "none", "convolution": 0},
+    "local_grouped": {"kind": "augmented", "convolution": 0},
+    "local_convolution": {"kind": "augmented", "grouped": False},
+    "augmented": {"kind": "augmented"},
+    "softmax": {"kind": "softmax", "convolution": 0},
+    "quadratic": {"kind": "quadratic", "convolution": 0},
+}
+
+
+def ablate(attention: AttentionConfig, name: str) -> AttentionConfig:
+    """The attention config of one row of the paper's ablation tables.
+
+    Raises:
+        ConfigError: the name is not one of `ABLATIONS`.
+    """
+    require(name in ABLATIONS, f"unknown ablation {name!r}; there are {', '.join(ABLATIONS)}")
+    return dataclasses.replace(attention, **ABLATIONS[name])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashConfig:
+    """A FLASH language model: gated attention units, no separate feed-forward layers."""
+
+    vocabulary_size: int = setting(50257, "tokens V that the model knows")
+    width: int = setting(768, "model width C")
+    depth: int = setting(24, "layers L")
+    query_key_size: int = setting(128, "query/key size D, shared by all layers' single head")
+    expansion: float = setting(2.0, "value size E as a multiple of the width")
+    norm: Literal["scalenorm", "layernorm"] = setting("scalenorm", "normalisation before each layer")
+    token_shift: bool = setting(True, "delay half of the channels by one token before each layer")
+    rotary_size: int = setting(32, "channels of queries and keys that are rotated by position")
+    bias_buckets: int = setting(32, "buckets of the T5 relative position bias")
+    bias_max_distance: int = setting(128, "distance from which on all positions share the last bucket")
+    attention: AttentionConfig = section(AttentionConfig, "the attention of every layer")
+    padding: Literal["exact", "released"] = setting(
+        "exact",
+        "exact: padding changes nothing; released: the official code, in which the convolution and the token shift "
+        "see padding and groups are counted from the start of the row",
+    )
+    score_scale: Literal["released", "head"] = setting(
+        "released",
+        "scale of whole-row scores (kinds softmax and quadratic): released divides by the row length, as the official "
+        "code does; head divides by the square root of query_key_size, which does not depend on the row",
+    )
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of activations; parameters are always float32")
+    remat: Literal["none", "full", "dots"] = setting(
+        "none",
+        "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products",
+    )
+
+    def __post_init__(self):
+        _require_positive(self, "vocabulary_size", "width", "depth", "query_key_size", "expansion", "bias_max_distance")
+        _require_at_least_zero(self, "rotary_size")
+        require(self.width % 2 == 0, f"width must be even (sine and cosine halves), but is {self.width}")
+        require(
+            self.rotary_size % 2 == 0 and self.rotary_size <= self.query_key_size,
+            f"rotary_size must be even and at most query_key_size={self.query_key_size}, but is {self.rotary_size}",
+        )
+        require(
+            self.bias_buckets >= 4 and self.bias_buckets % 4 == 0,
+            f"bias_buckets must be a positive multiple of 4, but is {self.bias_buckets}",
+        )
+        require(
+            self.bias_max_distance > self.bias_buckets // 2,
+            f"bias_max_distance must exceed bias_buckets/2={self.bias_buckets // 2}, but is {self.bias_max_distance}",
+        )
+        value_size = self.width * self.expansion
+        require(value_size == int(value_size), f"width * expansion must be whole, but is {value_size}")
+
+    @property
+    def value_size(self) -> int:
+        """Value size E."""
+        return int(self.width * self.expansion)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: Literal["tfds", "text", "stdlib"] = setting(
+        "stdlib",
+        "tfds: a prepared TensorFlow dataset; text: files; stdlib: this Python's own library source, always there",
+    )
+    path: tuple[str, ...] = setting((), "source=text: files or globs of .txt .jsonl, plain or .gz .zst")
+    validation_path: tuple[str, ...] = setting((), "source=text: files held out; empty holds out validation_fraction")
+    validation_fraction: float = setting(
+        0.05, "part of the documents held out where the source has no validation split"
+    )
+    tfds_name: str = setting("wiki40b/en", "source=tfds: dataset/config")
+    tfds_directory: str | None = setting(None, "source=tfds: where it was prepared; None is ~/tensorflow_datasets")
+    train_split: str = setting("train", "source=tfds: split to train on")
+    validation_split: str = setting("validation", "source=tfds: split to evaluate on")
+    text_field: str = setting("text", "field that holds the text in .jsonl lines and TFDS examples")
+    separator: str | None = setting(
+        None, "source=text: string between documents of a plain text file; None makes a file one document"
+    )
+    encoding_errors: Literal["replace", "strict"] = setting(
+        "strict", "bytes that are not UTF-8: refuse the file, or replace them by U+FFFD"
+    )
+    tokenizer: str = setting(
+        "bytes", "bytes; train (a byte-level BPE is learned from the corpus); or a Hugging Face directory or name"
+    )
+    tokenizer_vocabulary: int = setting(4096, "tokenizer=train: size of the learned vocabulary")
+    sequence_length: int = setting(1024, "tokens T in a row")
+    batch_size: int = setting(8, "rows in an update, over all devices and microbatches")
+    packing: Literal["concatenate", "segments"] = setting(
+        "concatenate",
+        "concatenate: rows are cut from one stream of documents, and attention crosses their borders; "
+        "segments: documents never see each other",
+    )
+    seed: int = setting(0, "seed of the order of documents")
+
+    def __post_init__(self):
+        _require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
+        require(
+            0 < self.validation_fraction < 1,
+            f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",
+        )
+        require(
+            self.source != "text" or bool(self.path),
+            "data.path is empty: give files with --config.data.path=FILE_OR_GLOB",
+        )
+        require(self.separator != "", "separator must not be the empty string; None makes a file one document")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    peak_learning_rate: float = setting(7e-4, "learning rate after warmup")
+    end_learning_rate: float = setting(0.0, "learning rate at the last step of linear and cosine schedules")
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "course of the learning rate after warmup")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
+    beta1: float = setting(0.9, "decay of the mean of gradients")
+    beta2: float = setting(0.999, "decay of the mean of squared gradients")
+    epsilon: float = setting(1e-8, "added to the root of the mean of squared gradients")
+    weight_decay: float = setting(0.01, "decay of matrices; biases, norms, scales and filters never decay")
+    gradient_clip: float = setting(1.0, "largest global norm of the gradient; 0 turns clipping off")
+    z_loss: float = setting(0.0, "weight of the squared log of the softmax denominator, added to the loss")
+
+    def __post_init__(self):
+        _require_positive(self, "peak_learning_rate", "epsilon")
+        _require_at_least_zero(
+            self, "end_learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "z_loss"
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} must lie in [0, 1), but is {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = setting(1000, "updates of the parameters")
+    microbatches: int = setting(1, "parts into which a batch is cut to save memory; their gradients are summed")
+    seed: int = setting(0, "seed of the initial parameters")
+    loss_chunk: int = setting(1024, "positions whose logits are in memory at a time, for each device")
+    log_every: int = setting(10, "steps between lines of metrics")
+    evaluate_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end")
+    evaluate_batches: int = setting(20, "batches in an evaluation; 0 takes the whole validation split")
+    max_skipped: int = setting(50, "steps in a row with a non-finite gradient after which training stops")
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "microbatches", "loss_chunk", "log_every", "max_skipped")
+        _require_at_least_zero(self, "evaluate_every", "evaluate_batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved; it is always saved at the end and on SIGTERM."""
+
+    every: int = setting(500, "steps between checkpoints; 0 saves only at the end")
+    keep: int = setting(2, "newest checkpoints that are kept")
+    keep_best: bool = setting(True, "also keep the checkpoint with the lowest validation loss")
+
+    def __post_init__(self):
+        _require_at_least_zero(self, "every")
+        _require_positive(self, "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each parallel axis takes; one of them may be -1, which takes what is left."""
+
+    data: int = setting(-1, "copies of the model, each with its part of the batch")
+    fsdp: int = setting(1, "parts into which parameters, optimizer state and batch are cut")
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, f"mesh.{name} must be a number of devices or -1, but is {size}")
+        require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment: everything that `train.py` needs to know."""
+
+    workdir: str = setting("runs/experiment", "directory of checkpoints, metrics, pictures; a rerun resumes from it")
+    model: FlashConfig = section(FlashConfig, "the model")
+    data: DataConfig = section(DataConfig, "the text")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
+    train: TrainConfig = section(TrainConfig, "the training loop")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    mesh: MeshConfig = section(MeshConfig, "devices")
+    profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
+    show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
+
+    def __post_init__(self):
+        require(
+            self.data.batch_size % self.train.microbatches == 0,
+            f"data.batch_size={self.data.batch_size} is not divisible by "
+            f"train.microbatches={self.train.microbatches}",
+        )
+        require(
+            self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be smaller than train.steps={self.train.steps}",
+        )
