@@ -1,0 +1,1 @@
+"""Tables of names that map parameters of other code to ours."""

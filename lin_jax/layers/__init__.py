@@ -1,0 +1,1 @@
+"""NNX modules from which the models are made."""
