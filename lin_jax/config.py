@@ -202,7 +202,7 @@ class DataConfig:
         )
         require(
             self.source != "text" or bool(self.path),
-            "data.path is empty: give files with --config.data.path=FILE_OR_GLOB",
+            "path is empty: give files with --config.data.path=FILE_OR_GLOB",
         )
         require(self.separator != "", "separator must not be the empty string; None makes a file one document")
 
@@ -273,7 +273,7 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            require(size == -1 or size > 0, f"mesh.{name} must be a number of devices or -1, but is {size}")
+            require(size == -1 or size > 0, f"{name} must be a number of devices or -1, but is {size}")
         require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
 
 

@@ -1,0 +1,143 @@
+"""Settings from files and the command line: types, names and messages."""
+
+import itertools
+
+import pytest
+
+from lin_jax.config import ABLATIONS, AttentionConfig, Config, ConfigError, DataConfig, ablate
+from lin_jax.overrides import (
+    apply_overrides,
+    config_from_dict,
+    config_parser,
+    config_to_dict,
+    describe,
+    load_config,
+)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_text(
+        "from lin_jax.config import Config\ndef get_config(name='default'):\n    return Config(workdir=name)\n"
+    )
+    return str(file)
+
+
+def test_file_with_argument(config_file):
+    assert load_config(config_file).workdir == "default"
+    assert load_config(config_file + ":other").workdir == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train.steps=2_000", lambda c: c.train.steps, 2000),
+        ("optimizer.peak_learning_rate=1e-4", lambda c: c.optimizer.peak_learning_rate, 1e-4),
+        ("optimizer.peak_learning_rate=1", lambda c: c.optimizer.peak_learning_rate, 1.0),
+        ("profile", lambda c: c.profile, True),
+        ("model.token_shift=false", lambda c: c.model.token_shift, False),
+        ("model.attention.local=none", lambda c: c.model.attention.local, "none"),
+        ("model.attention.implementation=reference", lambda c: c.model.attention.implementation, "reference"),
+        ("model.attention.implementation=None", lambda c: c.model.attention.implementation, None),
+        ("data.separator=a=b", lambda c: c.data.separator, "a=b"),
+        ("data.separator=None", lambda c: c.data.separator, None),
+        ("data.path=a.txt,b*.gz", lambda c: c.data.path, ("a.txt", "b*.gz")),
+        ("data.path=('a,b.txt',)", lambda c: c.data.path, ("a,b.txt",)),
+        ("data.path=", lambda c: c.data.path, ()),
+        ("mesh.data=-1", lambda c: c.mesh.data, -1),
+    ],
+)
+def test_values_are_read_by_their_annotation(override, read, value):
+    result = read(apply_overrides(Config(), ["--config." + override]))
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown field config.train.stepz; did you mean steps?"),
+        ("trian.steps=3", "unknown field config.trian; did you mean train?"),
+        ("train.steps=1.5", "config.train.steps expects a whole number, but is '1.5'"),
+        ("train.steps", "config.train.steps needs a value"),
+        ("optimizer.beta1=high", "config.optimizer.beta1 expects a number, but is 'high'"),
+        ("optimizer.weight_decay=nan", "config.optimizer.weight_decay expects a number"),
+        ("profile=maybe", "config.profile expects true or false, but is 'maybe'"),
+        ("model.attention.local=tanh", "expects one of relu2, laplace, softmax, none"),
+        ("model.attention=best", "config.model.attention expects one of local, grouped"),
+        ("model=big", "config.model is a section"),
+        ("workdir.name=x", "config.workdir is not a section"),
+        ("model.attention.group_size=0", "config.model.attention.group_size must be greater than 0, but is 0"),
+        ("data.source=text", "config.data.path is empty"),
+        ("mesh.fsdp=0", "config.mesh.fsdp must be"),
+        ("train.microbatches=3", "config.data.batch_size=8 is not divisible by train.microbatches=3"),
+    ],
+)
+def test_wrong_overrides_are_named(override, message):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(Config(), ["--config." + override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_argument_that_is_no_setting_is_refused():
+    with pytest.raises(ConfigError, match="unexpected argument '--steps=3'"):
+        apply_overrides(Config(), ["--steps=3"])
+
+
+def test_order_does_not_matter():
+    overrides = [
+        "--config.data.source=text",
+        "--config.data.path=x.txt",
+        "--config.train.microbatches=3",
+        "--config.data.batch_size=9",
+        "--config.model.attention.group_size=64",
+        "--config.model.attention=local_grouped",
+    ]
+    results = {apply_overrides(Config(), order) for order in itertools.permutations(overrides)}
+    assert len(results) == 1
+    assert results.pop().model.attention == ablate(AttentionConfig(group_size=64), "local_grouped")
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_by_one_override(name):
+    changed = apply_overrides(Config(), [f"--config.model.attention={name}"])
+    assert changed.model.attention == ablate(AttentionConfig(), name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", "has no get_config"),
+        ("def get_config():\n    return 3\n", "must return a Config, but gives int"),
+        ("def get_config(:\n", "line 1"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, message):
+    file = tmp_path / "experiment.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(file))
+
+
+def test_missing_file_and_useless_argument(tmp_path):
+    with pytest.raises(ConfigError, match="absent.py does not exist"):
+        load_config(str(tmp_path / "absent.py"))
+    file = tmp_path / "plain.py"
+    file.write_text("def get_config():\n    pass\n")
+    with pytest.raises(ConfigError, match="takes no argument"):
+        load_config(f"{file}:big")
+
+
+def test_dictionary_round_trip_and_unknown_key():
+    config = Config(data=DataConfig(path=("a", "b")))
+    assert config_from_dict(config_to_dict(config)) == config
+    with pytest.raises(ConfigError, match=r"config\.data\.pathh; did you mean path"):
+        config_from_dict({"data": {"pathh": []}})
+
+
+def test_help_names_every_setting():
+    text = describe(Config())
+    for name in ("--config.workdir=", "--config.model.attention.local_groups=1", "--config.mesh.fsdp=1"):
+        assert name in text
+    with pytest.raises(ConfigError, match="--config"):
+        config_parser("").parse_known_args([])
