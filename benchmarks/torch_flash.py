@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchFlashConfig:
-    """Sizes of the model; `kernel` is the official odd width of the centred filter, of which the causal half is used."""
+    """Sizes of the model; `kernel` is the official odd width of the centred filter, whose causal half is used."""
 
     vocabulary_size: int
     width: int
