@@ -9,7 +9,8 @@ that outputs and gradients agree. The PyTorch forms get their arrays in the layo
 - `fused`: `lin_jax`'s augmented_attention, implementation="xla".
 - `unfused`: the equations one after another in JAX, under jit, with the quickest of the depthwise convolutions tried.
 - `torch`: the official training path, with its centred filter of which the causal half is masked.
-- `torch causal`: the same, with a filter of the causal taps alone, which the official code does not have.
+- `torch causal`, `torch depthwise`: the same with kinder convolutions, which the official code does not have: a filter
+  of the causal taps alone; and that with one channel for every head and value, the quickest on a CPU.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def make_inputs(options: argparse.Namespace, length: int) -> tuple[Arrays, np.nd
     q, k, v, cotangent = (random.standard_normal(shape, dtype=np.float32) for _ in range(4))
     q, k = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (q, k))
     taps = 0.1 * random.standard_normal((options.taps, options.heads), dtype=np.float32)
-    return (q, k, v, np.float32(0.5), taps), cotangent
+    return (q, k, v, np.asarray(0.5, np.float32), taps), cotangent
 
 
 def fused_attention(group_size: int) -> Callable[..., jax.Array]:
@@ -96,24 +97,53 @@ def jax_forms(attend: Callable[..., jax.Array], inputs: Arrays, cotangent: np.nd
         y, pull = jax.vjp(attend, *inputs)
         return y, *pull(cotangent)
 
-    arrays, cotangent = jax.device_put((inputs, cotangent))
+    on_device = jax.device_put((inputs, cotangent))
     forward, both = jax.jit(attend), jax.jit(forward_backward)
-    return {"forward": lambda: forward(*arrays), "forward+backward": lambda: both(arrays, cotangent)}
+    return {"forward": lambda: forward(*on_device[0]), "forward+backward": lambda: both(*on_device)}
 
 
-def torch_forms(group_size: int, centred: bool, inputs: Arrays, cotangent: np.ndarray) -> dict[str, Form]:
-    """Forward, and forward+backward to (y, gradients), in eager PyTorch."""
+def centred_convolution(v: Any, weight: Any) -> Any:
+    """The official form: v [B, H, T, E], a filter of 2 W - 1 taps a head, of which the future ones are masked."""
     import torch
     from torch.nn import functional as F
 
-    W = inputs[4].shape[0]
-    kernel = 2 * W - 1 if centred else W
-    before, after = W - 1, kernel - W
+    W = (weight.shape[2] + 1) // 2
+    past = (torch.arange(weight.shape[2]) < W)[:, None]
+    return F.conv2d(v, weight * past, padding=(W - 1, 0), groups=v.shape[1])
 
-    def convolve(v, weight):
-        if after:
-            return F.conv2d(v, weight * (torch.arange(kernel) < W)[:, None], padding=(before, 0), groups=v.shape[1])
-        return F.conv2d(F.pad(v, (0, 0, before, 0)), weight, groups=v.shape[1])
+
+def causal_convolution(v: Any, weight: Any) -> Any:
+    """The same with the W causal taps alone."""
+    from torch.nn import functional as F
+
+    W = (weight.shape[2] + 1) // 2
+    return F.conv2d(F.pad(v, (0, 0, W - 1, 0)), weight[:, :, :W], groups=v.shape[1])
+
+
+def channel_convolution(v: Any, weight: Any) -> Any:
+    """The same with tokens last and every head and value as a channel of its own."""
+    from torch.nn import functional as F
+
+    B, H, T, E = v.shape
+    W = (weight.shape[2] + 1) // 2
+    channels = F.pad(v.transpose(2, 3).reshape(B, H * E, T), (W - 1, 0))
+    filters = weight[:, :, :W, 0].repeat_interleave(E, dim=0)
+    return F.conv1d(channels, filters, groups=H * E).reshape(B, H, E, T).transpose(2, 3)
+
+
+TORCH_CONVOLUTIONS = {
+    "torch": centred_convolution,
+    "torch causal": causal_convolution,
+    "torch depthwise": channel_convolution,
+}
+
+
+def torch_forms(
+    group_size: int, convolve: Callable[[Any, Any], Any], inputs: Arrays, cotangent: np.ndarray
+) -> dict[str, Form]:
+    """Forward, and forward+backward to (y, gradients), in eager PyTorch."""
+    import torch
+    from torch.nn import functional as F
 
     def attend(q, k, v, alpha, weight):
         q_groups, k_groups, v_groups = (array.unflatten(2, (-1, group_size)) for array in (q, k, v))
@@ -124,8 +154,8 @@ def torch_forms(group_size: int, centred: bool, inputs: Arrays, cotangent: np.nd
         grouped = torch.einsum("bhnid,bhnde->bhnie", q_groups, states.cumsum(dim=2) - states)
         return (local + alpha * grouped).flatten(2, 3) + convolve(v, weight)
 
-    leaves = torch_inputs(inputs, kernel)
-    cotangent = torch.from_numpy(heads_first(cotangent))
+    leaves = torch_inputs(inputs)
+    weights = torch.from_numpy(heads_first(cotangent))
 
     def forward():
         with torch.no_grad():
@@ -133,19 +163,20 @@ def torch_forms(group_size: int, centred: bool, inputs: Arrays, cotangent: np.nd
 
     def forward_backward():
         y = attend(*leaves)
-        return y.detach(), *torch.autograd.grad(y, leaves, cotangent)
+        return y.detach(), *torch.autograd.grad(y, leaves, weights)
 
     return {"forward": forward, "forward+backward": forward_backward}
 
 
-def torch_inputs(inputs: Arrays, kernel: int) -> list[Any]:
-    """The inputs as PyTorch leaves, heads before tokens, the filter in cross-correlation order."""
+def torch_inputs(inputs: Arrays) -> list[Any]:
+    """The inputs as PyTorch leaves: heads before tokens, the filter centred and in cross-correlation order."""
     import torch
 
     *qkv, alpha, conv_WH = inputs
-    weight = np.zeros((conv_WH.shape[1], 1, kernel, 1), np.float32)
-    weight[:, 0, : conv_WH.shape[0], 0] = conv_WH[::-1].T
-    arrays = [*(heads_first(array) for array in qkv), np.asarray(alpha), weight]
+    W, H = conv_WH.shape
+    weight = np.zeros((H, 1, 2 * W - 1, 1), np.float32)
+    weight[:, 0, :W, 0] = conv_WH[::-1].T
+    arrays = [*(heads_first(array) for array in qkv), alpha, weight]
     return [torch.from_numpy(array).requires_grad_() for array in arrays]
 
 
@@ -176,8 +207,8 @@ def make_forms(options: argparse.Namespace, length: int) -> dict[str, dict[str, 
         "unfused": jax_forms(unfused_attention(options.group), inputs, cotangent),
     }
     if common.has_torch():
-        forms["torch"] = torch_forms(options.group, True, inputs, cotangent)
-        forms["torch causal"] = torch_forms(options.group, False, inputs, cotangent)
+        for name, convolve in TORCH_CONVOLUTIONS.items():
+            forms[name] = torch_forms(options.group, convolve, inputs, cotangent)
     return forms
 
 

@@ -14,7 +14,11 @@ from torch.nn import functional as F
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchFlashConfig:
-    """Sizes of the model; `kernel` is the official odd width of the centred filter, whose causal half is used."""
+    """Sizes of the model; `kernel` is the official odd width of the centred filter, whose causal half is used.
+
+    `depthwise` computes the same convolution with one channel for every value, which the official code does not do; on
+    a CPU it is an order of magnitude quicker than the official image with a single channel.
+    """
 
     vocabulary_size: int
     width: int
@@ -26,6 +30,7 @@ class TorchFlashConfig:
     rotary_size: int = 32
     bias_buckets: int = 32
     bias_max_distance: int = 128
+    depthwise: bool = False
 
 
 class TorchFlash(nn.Module):
@@ -122,15 +127,19 @@ class RelativeBias(nn.Module):
 class CausalFilter(nn.Module):
     """One centred filter for all channels, of which only the taps of the past and the present count."""
 
-    def __init__(self, kernel: int):
+    def __init__(self, kernel: int, depthwise: bool):
         super().__init__()
-        self.half = kernel // 2
+        self.past, self.depthwise = kernel // 2, depthwise
         self.weight = nn.Parameter(torch.zeros(1, 1, kernel, 1))
-        mask = (torch.arange(kernel) <= self.half).float().reshape(1, 1, kernel, 1)
+        mask = (torch.arange(kernel) <= self.past).float().reshape(1, 1, kernel, 1)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, v: Tensor) -> Tensor:
-        return F.conv2d(v[:, None], self.weight * self.mask, padding=(self.half, 0))[:, 0]
+        if self.depthwise:
+            channels = F.pad(v.transpose(1, 2), (self.past, 0))
+            filters = self.weight[0, :, : self.past + 1, 0].expand(v.shape[2], 1, -1)
+            return F.conv1d(channels, filters, groups=v.shape[2]).transpose(1, 2)
+        return F.conv2d(v[:, None], self.weight * self.mask, padding=(self.past, 0))[:, 0]
 
 
 class FlashLayer(nn.Module):
@@ -145,7 +154,7 @@ class FlashLayer(nn.Module):
         self.qk_offset_scale = OffsetScale(config.query_key_size, 4)
         self.rotary_pos_emb = Rotary(min(config.rotary_size, config.query_key_size))
         self.rel_pos_bias = RelativeBias(config)
-        self.dwconv = CausalFilter(config.kernel)
+        self.dwconv = CausalFilter(config.kernel, config.depthwise)
         self.to_out = nn.Linear(config.value_size, config.width)
 
     def forward(self, x: Tensor) -> Tensor:

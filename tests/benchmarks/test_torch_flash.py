@@ -21,8 +21,8 @@ def case():
         return dict(np.load(file))
 
 
-@pytest.fixture(scope="module")
-def model(case):
+@pytest.fixture(scope="module", params=[False, True], ids=["official", "depthwise"])
+def model(case, request):
     official = json.loads(CASE.with_suffix(".json").read_text())["config"]
     model = TorchFlash(
         TorchFlashConfig(
@@ -34,6 +34,7 @@ def model(case):
             group_size=official["group_size"],
             kernel=official["kernel"],
             rotary_size=official["rotary_dim"],
+            depthwise=request.param,
         )
     )
     weights = {name.removeprefix("param/"): torch.tensor(case[name]) for name in case if name.startswith("param/")}
