@@ -1,0 +1,105 @@
+"""What training changes, as plain trees: parameters, constants, optimizer state and the number of steps.
+
+Jitted functions take these trees and put the module together inside (`Structure.merge`); `nnx.jit` would compare the
+whole module at every call.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lin_jax.train.sharding import parameter_sharding, replicated
+
+Create = Callable[[nnx.Rngs], nnx.Module]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update reads and writes.
+
+    `parameters` are the model's `nnx.Param`s and `constants` its other variables, both as nested dictionaries. The
+    leaves are arrays, or what stands for them: shapes, shardings.
+    """
+
+    step: Any
+    parameters: Any
+    constants: Any
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A model without its numbers: what is needed to put it together from trees of arrays."""
+
+    create: Create
+    graph: Any
+    abstract_parameters: Any
+    abstract_constants: Any
+
+    def merge(self, parameters: Any, constants: Any) -> Any:
+        """The module with these parameters and constants."""
+        states = []
+        for abstract, values in ((self.abstract_parameters, parameters), (self.abstract_constants, constants)):
+            state = jax.tree.map(lambda leaf: leaf, abstract)
+            nnx.replace_by_pure_dict(state, values)
+            states.append(state)
+        return nnx.merge(self.graph, *states)
+
+    def initialise(self, seed: jax.Array) -> tuple[Any, Any]:
+        """Parameters and constants of a new model."""
+        _, parameters, constants = nnx.split(self.create(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
+        return nnx.to_pure_dict(parameters), nnx.to_pure_dict(constants)
+
+    def metadata(self, name: str) -> Any:
+        """The metadata `name` of every parameter, as a tree like the parameters."""
+        return self._map_parameters(lambda variable: getattr(variable, name))
+
+    def parameter_shardings(self, mesh: Mesh) -> Any:
+        """Where every parameter lies, by its metadata `axes`."""
+        return self._map_parameters(lambda v: parameter_sharding(mesh, v.axes, v.get_value().shape))
+
+    def _map_parameters(self, function: Callable[[nnx.Variable], Any]) -> Any:
+        flat = nnx.to_flat_state(self.abstract_parameters)
+        return nnx.traversals.unflatten_mapping({path: function(variable) for path, variable in flat})
+
+
+def make_structure(create: Create) -> Structure:
+    """The structure of the model that `create` makes, without computing its parameters."""
+    graph, parameters, constants = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
+    return Structure(create, graph, parameters, constants)
+
+
+def state_shardings(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of a whole `TrainState`: the optimizer's moments lie where their parameters do."""
+    whole = replicated(mesh)
+    parameters = structure.parameter_shardings(mesh)
+    shapes = jax.eval_shape(lambda: initial_state(structure, optimizer, jnp.uint32(0)))
+    return TrainState(
+        step=whole,
+        parameters=parameters,
+        constants=jax.tree.map(lambda _: whole, shapes.constants),
+        optimizer=optax.tree_map_params(
+            optimizer, lambda _, sharding: sharding, shapes.optimizer, parameters, transform_non_params=lambda _: whole
+        ),
+    )
+
+
+def initial_state(structure: Structure, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+    """The state before the first step; jit it with `out_shardings` so that no device ever holds it whole."""
+    parameters, constants = structure.initialise(seed)
+    return TrainState(jnp.zeros((), jnp.int32), parameters, constants, optimizer.init(parameters))
+
+
+def abstract_state(
+    structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Shapes, types and shardings of a `TrainState`: what a compilation or a restore needs."""
+    shapes = jax.eval_shape(lambda: initial_state(structure, optimizer, jnp.uint32(0)))
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)

@@ -1,0 +1,136 @@
+"""One update of the parameters, and the loss of a batch without one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lin_jax.train.loss import LossSums, chunked_loss
+from lin_jax.train.optimizer import skipped_steps
+from lin_jax.train.sharding import batch_sharding, batch_shards, replicated
+from lin_jax.train.state import Structure, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one update, on the device until somebody asks."""
+
+    loss: jax.Array  # mean negative log-likelihood of a token, in nats
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array  # sum of weights
+    skipped: jax.Array  # steps skipped since the start
+    skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """How a batch becomes a loss.
+
+    `use_segments` is False where rows are single sequences, which lets the model leave out masks.
+    """
+
+    loss_chunk: int
+    z_loss: float
+    use_segments: bool
+
+
+def loss_sums(
+    structure: Structure, settings: LossSettings, shards: int, parameters: Any, constants: Any, batch: Batch
+) -> LossSums:
+    """Sums of the losses of a batch of tokens, targets, weights and segment ids, [B, T] each."""
+    model = structure.merge(parameters, constants)
+    hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
+    chunk = max(1, settings.loss_chunk * shards // batch["tokens"].shape[0])
+    return chunked_loss(
+        model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss
+    )
+
+
+def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
+    """`LossSums` of a batch and the float32 gradient of their `loss`, one microbatch at a time.
+
+    Sums, not means, are added, so the result does not depend on `microbatches`, whatever the weights are.
+    """
+
+    def one(part: Batch) -> tuple[LossSums, Any]:
+        def with_sums(parameters: Any) -> tuple[jax.Array, LossSums]:
+            sums = loss(parameters, part)
+            return sums.loss, sums
+
+        gradient, sums = jax.grad(with_sums, has_aux=True)(parameters)
+        return sums, gradient
+
+    if microbatches == 1:
+        return one(batch)
+    parts = jax.tree.map(lambda rows: _microbatches(rows, microbatches), batch)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(one, batch))
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)[0]
+
+
+def _microbatches(rows: jax.Array, count: int) -> jax.Array:
+    """[B, T] -> [count, B / count, T]; each takes every count-th row, so that no row leaves its device."""
+    return rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
+
+
+def make_train_step(
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    settings: LossSettings,
+    microbatches: int,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """A jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
+    shards = batch_shards(mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        def loss(parameters: Any, part: Batch) -> LossSums:
+            return loss_sums(structure, settings, shards, parameters, state.constants, part)
+
+        sums, gradient = gradient_sums(loss, state.parameters, batch, microbatches)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
+        gradient = jax.lax.with_sharding_constraint(
+            jax.tree.map(lambda g: g / weight, gradient), shardings.parameters
+        )
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        _, skipped_before = skipped_steps(state.optimizer)
+        in_a_row, skipped = skipped_steps(optimizer_state)
+        metrics = StepMetrics(
+            loss=sums.nll / weight,
+            gradient_norm=optax.tree.norm(gradient),
+            learning_rate=jnp.asarray(schedule(state.step - skipped_before), jnp.float32),
+            tokens=sums.weight,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
+        )
+        return TrainState(state.step + 1, parameters, state.constants, optimizer_state), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_evaluation_step(structure: Structure, settings: LossSettings, shardings: TrainState, mesh: Mesh) -> Any:
+    """A jitted (parameters, constants, batch) -> LossSums."""
+    shards = batch_shards(mesh)
+    settings = dataclasses.replace(settings, z_loss=0.0)
+
+    def evaluate(parameters: Any, constants: Any, batch: Batch) -> LossSums:
+        return loss_sums(structure, settings, shards, parameters, constants, batch)
+
+    return jax.jit(
+        evaluate,
+        in_shardings=(shardings.parameters, shardings.constants, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
