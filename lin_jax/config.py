@@ -178,6 +178,9 @@ class DataConfig:
     separator: str | None = setting(
         None, "source=text: string between documents of a plain text file; None makes a file one document"
     )
+    cache_directory: str = setting(
+        "~/.cache/lin_jax", "source=text: where .gz and .zst files are kept uncompressed, and offsets of large files"
+    )
     encoding_errors: Literal["replace", "strict"] = setting(
         "strict", "bytes that are not UTF-8: refuse the file, or replace them by U+FFFD"
     )
@@ -196,6 +199,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
+        require(0 <= self.seed < 2**32, f"data.seed must lie between 0 and 2**32 - 1, but is {self.seed}")
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",

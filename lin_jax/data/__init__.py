@@ -1,1 +1,1 @@
-"""Text sources, tokenizers, and rows of tokens made from them."""
+"""Text in, rows of tokens out: sources, tokenizers and a checkpointable input pipeline on Grain."""
