@@ -42,6 +42,10 @@ class Timing:
         """
         return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
+    def best_speedup_over(self, other: "Timing") -> float:
+        """The ratio of the least times: what is left of `speedup_over` where other programs disturbed neither."""
+        return other.minimum / self.minimum
+
 
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
     """Times functions in turn (a, b, c, a, b, c, ...), after calling each `warmup` times.
@@ -67,6 +71,39 @@ def _time_once(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
+
+
+class Competition:
+    """How much of the processor others took since this was made: figures taken beside busy programs mislead."""
+
+    def __init__(self):
+        self.start = _processor_seconds()
+
+    def share(self) -> float | None:
+        """Part of all cores that other processes or machines on the same hardware used; None where it is unknown."""
+        now = _processor_seconds()
+        if self.start is None or now is None:
+            return None
+        (own, busy, total), (own_before, busy_before, total_before) = now, self.start
+        return max(0.0, (busy - busy_before) - (own - own_before)) / max(total - total_before, 1e-9)
+
+    def print(self) -> float | None:
+        """Prints and returns the share."""
+        share = self.share()
+        if share is not None:
+            print(f"meanwhile others used {share:.0%} of the processor", flush=True)
+        return share
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds of all cores since boot: used by this process, used by all, and altogether."""
+    statistics_file = epath.Path("/proc/stat")
+    if not statistics_file.exists():
+        return None
+    ticks = [int(field) for field in statistics_file.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return time.process_time(), (sum(ticks) - idle) / per_second, sum(ticks) / per_second
 
 
 def has_torch() -> bool:
