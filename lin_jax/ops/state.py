@@ -1,0 +1,170 @@
+"""The recurrent state of causal augmented attention: what later tokens need to know of earlier ones, and no more."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lin_jax.ops.feature_maps import FEATURE_MAPS
+from lin_jax.ops.layout import TokenLayout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """State after `length_B` tokens; its size does not depend on them.
+
+    With g = length // G, the window holds the groups g - R + 1 .. g: slot j is the token at position
+    (g - R + 1) * G + j, and 0 where there is no such token yet. Earlier groups are folded into `state_BKPE`.
+
+    Attributes:
+        state_BKPE: float32 sum of phi(k_s) v_s^T over the folded groups.
+        key_BSKD: keys of the local branch in the window.
+        grouped_key_BSKP: keys of the grouped branch in the window, before the feature map; None where the local
+            branch's keys serve both.
+        value_BSKE: values in the window.
+        tail_BUKE: values of the last U = W - 1 tokens, oldest first, for the convolution.
+        length_B: tokens so far.
+    """
+
+    state_BKPE: Float[Array, "B K P E"]
+    key_BSKD: Float[Array, "B S K D"]
+    grouped_key_BSKP: Float[Array, "B S K P"] | None
+    value_BSKE: Float[Array, "B S K E"]
+    tail_BUKE: Float[Array, "B U K E"]
+    length_B: Int[Array, " B"]
+
+
+def empty_state(
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKE: Float[Array, "B T K E"],
+    *,
+    grouped_k_BTKP: Float[Array, "B T2 K P"] | None = None,
+    group_size: int,
+    local_groups: int = 1,
+    taps: int = 0,
+) -> AttentionState:
+    """The state before the first token, for keys and values of these shapes and types (T does not matter)."""
+    B, _, K, D = k_BTKD.shape
+    E, S = v_BTKE.shape[-1], group_size * local_groups
+    P = D if grouped_k_BTKP is None else grouped_k_BTKP.shape[-1]
+    return AttentionState(
+        state_BKPE=jnp.zeros((B, K, P, E), jnp.float32),
+        key_BSKD=jnp.zeros((B, S, K, D), k_BTKD.dtype),
+        grouped_key_BSKP=None if grouped_k_BTKP is None else jnp.zeros((B, S, K, P), grouped_k_BTKP.dtype),
+        value_BSKE=jnp.zeros((B, S, K, E), v_BTKE.dtype),
+        tail_BUKE=jnp.zeros((B, max(taps - 1, 0), K, E), v_BTKE.dtype),
+        length_B=jnp.zeros(B, jnp.int32),
+    )
+
+
+class Context(NamedTuple):
+    """The tokens that a state remembers, laid out as if they stood in the row just before its first token.
+
+    The last slot is the token at position length - 1. `key` and `grouped_key` are 0 before the window, `value` is known
+    as far back as window or tail reach; `folded` marks tokens that are only in the folded state, or before the start.
+    """
+
+    key_BUKD: Float[Array, "B U K D"]
+    grouped_key_BUKP: Float[Array, "B U K P"] | None
+    value_BUKE: Float[Array, "B U K E"]
+    position_BU: Int[Array, "B U"]
+    folded_BU: Array
+
+
+def _take(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Array) -> Array:
+    """x at the indices along axis 1, and 0 where not valid."""
+    clipped = jnp.clip(index_BU, 0, max(x_BT.shape[1] - 1, 0))
+    axes = (...,) + (None,) * (x_BT.ndim - 2)
+    if x_BT.shape[1] == 0:
+        return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
+    return jnp.where(valid_BU[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
+
+
+def window_start(length_B: Int[Array, " B"], group_size: int, local_groups: int) -> Int[Array, " B"]:
+    """Position of the window's first slot; negative as long as the window reaches before the sequence."""
+    return (length_B // group_size - local_groups + 1) * group_size
+
+
+def context_tokens(state: AttentionState, group_size: int, local_groups: int) -> Context:
+    """Lays the remembered tokens out in U = max(S, W - 1) slots that end at position length - 1."""
+    S, tail = state.key_BSKD.shape[1], state.tail_BUKE.shape[1]
+    U = max(S, tail)
+    start_B = window_start(state.length_B, group_size, local_groups)
+    position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
+    slot_BU = position_BU - start_B[:, None]
+    in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
+    value_BUKE = _take(state.value_BSKE, slot_BU, in_window_BU)
+    tail_slot_BU = jnp.broadcast_to(jnp.arange(U, dtype=jnp.int32) - (U - tail), position_BU.shape)
+    from_tail_BU = (tail_slot_BU >= 0) & (position_BU >= 0) & ~in_window_BU
+    grouped = state.grouped_key_BSKP
+    return Context(
+        key_BUKD=_take(state.key_BSKD, slot_BU, in_window_BU),
+        grouped_key_BUKP=None if grouped is None else _take(grouped, slot_BU, in_window_BU),
+        value_BUKE=value_BUKE + _take(state.tail_BUKE, tail_slot_BU, from_tail_BU),
+        position_BU=position_BU,
+        folded_BU=~in_window_BU,
+    )
+
+
+def advance(
+    initial: AttentionState,
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKE: Float[Array, "B T K E"],
+    grouped_k_BTKP: Float[Array, "B T K P"] | None,
+    layout: TokenLayout,
+    *,
+    group_size: int,
+    local_groups: int,
+    feature_map: str,
+) -> AttentionState:
+    """The state after a row's last real token, of the sequence that token belongs to.
+
+    A row of padding alone keeps its state. A row whose first token is real continues the initial state with its first
+    run; every other run starts anew.
+    """
+    context = context_tokens(initial, group_size, local_groups)
+    U, T = context.position_BU.shape[1], k_BTKD.shape[1]
+    index_T = jnp.arange(T, dtype=jnp.int32)
+    last_B = jnp.max(jnp.where(layout.real_BT, index_T, -1), axis=1)
+    any_B = last_B >= 0
+    last_run_B = jnp.take_along_axis(layout.run_BT, jnp.maximum(last_B, 0)[:, None], axis=1)[:, 0]
+    last_position_B = jnp.take_along_axis(layout.position_BT, jnp.maximum(last_B, 0)[:, None], axis=1)[:, 0]
+    length_B = jnp.where(any_B, last_position_B + 1, initial.length_B)
+    continues_B = ~any_B | (last_run_B == 0)
+
+    own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
+    own_BA = jnp.concatenate([~context.folded_BU & continues_B[:, None], own_BT], axis=1)
+    position_BA = jnp.concatenate([context.position_BU, layout.position_BT], axis=1)
+    join = lambda before, row: jnp.concatenate([before, row], axis=1)  # noqa: E731
+    key = join(context.key_BUKD, k_BTKD)
+    value = join(context.value_BUKE, v_BTKE)
+    grouped = None if grouped_k_BTKP is None else join(context.grouped_key_BUKP, grouped_k_BTKP)
+
+    start_B = window_start(length_B, group_size, local_groups)
+    fold_BA = own_BA & (position_BA < start_B[:, None])
+    phi = FEATURE_MAPS[feature_map](key if grouped is None else grouped)
+    folded_BKPE = jnp.einsum(
+        "bakp,bake->bkpe", jnp.where(fold_BA[..., None, None], phi, 0), value, preferred_element_type=jnp.float32
+    )
+    kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
+
+    # Position p of the last run stands at array index p + offset, context included.
+    offset_B = jnp.where(any_B, U + last_B - last_position_B, U - initial.length_B)
+    slots_BS = start_B[:, None] + jnp.arange(group_size * local_groups, dtype=jnp.int32)[None]
+    tail_BU = length_B[:, None] + jnp.arange(-initial.tail_BUKE.shape[1], 0, dtype=jnp.int32)[None]
+
+    def gather(x: Array, position: Array) -> Array:
+        valid = (position >= 0) & (position < length_B[:, None])
+        return _take(x, position + offset_B[:, None], valid)
+
+    return AttentionState(
+        state_BKPE=kept_BKPE + folded_BKPE,
+        key_BSKD=gather(key, slots_BS),
+        grouped_key_BSKP=None if grouped is None else gather(grouped, slots_BS),
+        value_BSKE=gather(value, slots_BS),
+        tail_BUKE=gather(value, tail_BU),
+        length_B=length_B,
+    )
