@@ -1,7 +1,10 @@
-"""What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples."""
+"""What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples, programs compiled once."""
+
+import os
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -9,3 +12,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("lin_jax", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("lin_jax")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs in pytest's cache, for other workers, the programs that tests start, and the next run."""
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    seconds = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
