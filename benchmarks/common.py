@@ -87,13 +87,6 @@ class Competition:
         (own, busy, total), (own_before, busy_before, total_before) = now, self.start
         return max(0.0, (busy - busy_before) - (own - own_before)) / max(total - total_before, 1e-9)
 
-    def print(self) -> float | None:
-        """Prints and returns the share."""
-        share = self.share()
-        if share is not None:
-            print(f"meanwhile others used {share:.0%} of the processor", flush=True)
-        return share
-
 
 def _processor_seconds() -> tuple[float, float, float] | None:
     """Seconds of all cores since boot: used by this process, used by all, and altogether."""
@@ -137,6 +130,11 @@ def _processor() -> str:
 def print_machine(facts: Mapping[str, Any]) -> None:
     """Prints what `describe_machine` found, on one line."""
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+
+
+def percent(share: float | None) -> str:
+    """A share as text; unknown is a question mark."""
+    return "?" if share is None else f"{share:.0%}"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
