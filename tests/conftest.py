@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples, programs compiled once."""
+"""What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples, one compilation cache."""
 
 import os
 
