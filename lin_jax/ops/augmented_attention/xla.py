@@ -193,7 +193,7 @@ def _tails(x: Array, blocks: _Blocks, G: int) -> Array:
 
 
 def _toeplitz(by_distance: Float[Array, "X H"], zero: int, rows: int, columns: int, offset: int, heads: int) -> Array:
-    """Matrix [K, J, rows, columns] whose entry is row `zero + distance` of the table, 0 outside it.
+    """Matrix [1, 1, K, J, rows, columns] whose entry is row `zero + distance` of the table, 0 outside it.
 
     The distance of row i from column j is i + offset - j.
     """
@@ -201,7 +201,7 @@ def _toeplitz(by_distance: Float[Array, "X H"], zero: int, rows: int, columns: i
     inside = (index >= 0) & (index < by_distance.shape[0])
     table = by_distance[np.clip(index, 0, by_distance.shape[0] - 1)]
     matrix = jnp.where(inside[..., None], table, 0).transpose(2, 0, 1)
-    return matrix.reshape(heads, -1, rows, columns)
+    return matrix.reshape(1, 1, heads, -1, rows, columns)
 
 
 def _group_queries(x: Array, blocks: _Blocks, K: int) -> Array:
@@ -233,7 +233,7 @@ def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) 
     known = window.key_known[:, :, None, None, None, :]
     distance = np.arange(G)[:, None] + blocks.back * G - np.arange(S)[None]
     if inputs.aligned:
-        past = np.ones((G, S), bool) if not inputs.causal else distance >= 0
+        past = (np.ones((G, S), bool) if not inputs.causal else distance >= 0)[None, None, None, None]
         return _Masks(past if S == G and inputs.causal else past & known, None, None)
     cut = lambda x: x.reshape(x.shape[0], blocks.count, G)  # noqa: E731
     same = (cut(queries.run)[..., None] == window.run[:, :, None, :])[:, :, None, None]
@@ -253,7 +253,7 @@ def _outputs(
     masks = _masks(inputs, blocks, queries, window)
     back = blocks.back * G
     phi = FEATURE_MAPS[inputs.feature_map]
-    alpha = inputs.alpha_H.reshape(K, H // K, 1, 1)
+    alpha = inputs.alpha_H.reshape(1, 1, K, H // K, 1, 1)
 
     weights = jnp.zeros(())
     query = _group_queries(queries.query, blocks, K)
@@ -302,7 +302,7 @@ def _tail_convolution(inputs: Inputs, blocks: _Blocks, queries: _Queries, known:
     taps = _toeplitz(inputs.conv_WH, 0, G, blocks.tail, back + blocks.tail, K).astype(known.value.dtype)
     values = _group_keys(_tails(known.value, blocks, G))
     if inputs.aligned:
-        return _product("kjgu,bnkue->bnkjge", taps, values)
+        return _product("kjgu,bnkue->bnkjge", taps[0, 0], values)
     run, valid = _tails(known.run, blocks, G), _tails(known.value_known, blocks, G)
     query_run = queries.run.reshape(*run.shape[:2], G, 1)
     seen = ((query_run == run[:, :, None]) & valid[:, :, None])[:, :, None, None]

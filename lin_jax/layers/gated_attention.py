@@ -1,0 +1,183 @@
+"""FLASH's gated attention unit: one wide value head, one narrow query/key head, a gate, and any kind of attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.config import FlashConfig
+from lin_jax.layers.linear import Linear
+from lin_jax.layers.norms import NORMS
+from lin_jax.layers.parameter import Constant, parameter, uniform
+from lin_jax.layers.positions import bias_buckets, rotate, token_shift
+from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.causal_conv import causal_conv
+from lin_jax.ops.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
+from lin_jax.ops.layout import token_layout
+
+
+class Rows(NamedTuple):
+    """How tokens lie in their rows, the same for all layers.
+
+    Attributes:
+        position_BT: position of each token in its sequence.
+        segment_ids_BT: sequences of a row, 0 for padding; None if every row is one sequence.
+        value_mask_BT: 0 where attention must not see a value; only for `padding="released"`.
+    """
+
+    position_BT: Int[Array, "B T"]
+    segment_ids_BT: Int[Array, "B T"] | None
+    value_mask_BT: Float[Array, "B T"] | None
+
+
+def place(segment_ids_BT: Int[Array, "B T"] | None, shape: tuple[int, int], padding: str) -> Rows:
+    """The rows of a batch of `shape` (B, T); see `FlashConfig.padding`."""
+    B, T = shape
+    in_row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], shape)
+    if segment_ids_BT is None:
+        return Rows(in_row_BT, None, None)
+    if padding == "released":
+        return Rows(in_row_BT, None, (segment_ids_BT != 0).astype(jnp.float32))
+    layout = token_layout(segment_ids_BT, jnp.zeros(B, jnp.int32))
+    return Rows(layout.position_BT, segment_ids_BT, None)
+
+
+class GatedAttention(nnx.Module):
+    """x + W_o (gate * attention(...)) with gate and values from one projection (Hua et al., 2022).
+
+    The released code computes, with u the normalised and shifted x: [v | gate] = SiLU(W_h u), z = SiLU(W_qk u), and
+    queries and keys z * gamma_m + beta_m: four of them (local q, grouped q, local k, grouped k), or two (q, k) for
+    attention over the whole row. Local scores are q . k / G + bias, grouped attention is divided by G.
+    """
+
+    def __init__(self, config: FlashConfig, *, rngs: nnx.Rngs):
+        C, E, D = config.width, config.value_size, config.query_key_size
+        attention = config.attention
+        self.config = config
+        self.norm = NORMS[config.norm](C)
+        self.hidden = Linear(C, 2 * E, ("width", "hidden"), rngs=rngs)
+        self.query_key = Linear(C, D, ("width", "query_key"), rngs=rngs)
+        heads = 4 if attention.kind == "augmented" else 2
+        # The released start: gamma has standard deviation 0.02, so scores start near the bias alone.
+        self.gamma = parameter(0.02 * jax.random.normal(rngs.params(), (heads, D)), (None, "query_key"))
+        self.beta = parameter(jnp.zeros((heads, D)), (None, "query_key"))
+        # The released bias starts with standard deviation sqrt(D), at which every Laplace weight is 0 or 1 and has no
+        # gradient (measured in the official code); here it starts with 1.
+        bias = jax.random.normal(rngs.params(), (config.bias_buckets, 1)) * D**-0.5
+        self.bias = parameter(bias, (None, None))
+        self.output = Linear(E, C, ("hidden", "width"), rngs=rngs)
+        if attention.kind == "augmented" and attention.convolution:
+            taps = attention.convolution
+            self.filter = parameter(uniform(rngs.params(), (taps, 1), taps), (None, None))
+        if attention.feature_map not in FEATURE_MAPS:
+            rows = attention.feature_size // (2 if attention.feature_map == "fourier" else 1)
+            self.projection = Constant(orthogonal_projection(rngs.params(), rows, D))
+
+    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows) -> Float[Array, "B T C"]:
+        """Applies the layer."""
+        u_BTC = self.norm(x_BTC)
+        if self.config.token_shift:
+            u_BTC = token_shift(u_BTC, rows.position_BT)
+        v_BTE, gate_BTE = jnp.split(jax.nn.silu(self.hidden(u_BTC)), 2, axis=-1)
+        z_BTD = jax.nn.silu(self.query_key(u_BTC))
+        heads_BT2D = z_BTD[:, :, None] * self.gamma[...].astype(z_BTD.dtype)[None, None]
+        heads_BT2D += self.beta[...].astype(z_BTD.dtype)[None, None]
+        heads_BT2D = rotate(heads_BT2D, rows.position_BT, self.config.rotary_size)
+        attend = self._augmented if self.config.attention.kind == "augmented" else self._whole_row
+        attended_BTE = attend(heads_BT2D, v_BTE, rows)
+        return x_BTC + self.output(gate_BTE * attended_BTE)
+
+    def _augmented(self, heads_BT4D: Array, v_BTE: Array, rows: Rows) -> Array:
+        attention, G = self.config.attention, self.config.attention.group_size
+        q, grouped_q, k, grouped_k = jnp.split(heads_BT4D, 4, axis=2)
+        feature_map = attention.feature_map
+        if feature_map not in FEATURE_MAPS:
+            random_map = {"favor": favor, "fourier": fourier}[feature_map]
+            grouped_q, grouped_k = (random_map(x, self.projection[...]) for x in (grouped_q, grouped_k))
+            feature_map = "identity"
+        if not attention.causal:
+            grouped_q = grouped_q * _per_token_count(rows).astype(grouped_q.dtype)[..., None, None]
+        v_BT1E = v_BTE[:, :, None]
+        conv_W1 = self.filter[...] if attention.convolution else None
+        # Folded into the scores unless something comes in between.
+        apart = attention.castling or rows.value_mask_BT is not None
+        y_BT1E = augmented_attention(
+            q,
+            k,
+            v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E),
+            grouped_q_BTHP=grouped_q,
+            grouped_k_BTKP=grouped_k,
+            local=attention.local,
+            score_scale=1 / G,
+            bias_XH=self._bias(G * attention.local_groups) if attention.local != "none" else None,
+            grouped=attention.grouped,
+            feature_map=feature_map,
+            alpha=1 / G if attention.causal else 1.0,
+            conv_WH=None if apart else conv_W1,
+            causal=attention.causal,
+            group_size=G,
+            local_groups=attention.local_groups,
+            segment_ids_BT=rows.segment_ids_BT,
+            implementation=attention.implementation,
+        )
+        if attention.castling:
+            y_BT1E = _castle(v_BT1E, y_BT1E)
+        if apart and conv_W1 is not None:
+            y_BT1E += causal_conv(v_BT1E, conv_W1, rows.segment_ids_BT)
+        return y_BT1E[:, :, 0]
+
+    def _whole_row(self, heads_BT2D: Array, v_BTE: Array, rows: Rows) -> Array:
+        """Softmax or quadratic attention is the local branch of one group that spans the row."""
+        config, attention, T = self.config, self.config.attention, v_BTE.shape[1]
+        quadratic = attention.kind == "quadratic"
+        scale = config.query_key_size**-0.5 if config.score_scale == "head" else 1 / T
+        # The released quadratic form divides scores and bias by the row length once more.
+        again = 1 / T if quadratic and config.score_scale == "released" else 1.0
+        v_BT1E = v_BTE[:, :, None]
+        if rows.value_mask_BT is not None:
+            v_BT1E = v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E)
+        y_BT1E = augmented_attention(
+            heads_BT2D[:, :, :1],
+            heads_BT2D[:, :, 1:],
+            v_BT1E,
+            local=attention.local if quadratic else "softmax",
+            score_scale=scale * again,
+            bias_XH=self._bias(T) * again,
+            grouped=False,
+            causal=attention.causal,
+            group_size=T,
+            segment_ids_BT=rows.segment_ids_BT,
+            implementation=attention.implementation,
+        )
+        return y_BT1E[:, :, 0]
+
+    def _bias(self, slots: int) -> Float[Array, "X 1"]:
+        """sqrt(D) times the entry of each distance's bucket."""
+        config, causal = self.config, self.config.attention.causal
+        distance = np.arange(0 if causal else 1 - slots, slots)
+        bucket = bias_buckets(distance, config.bias_buckets, config.bias_max_distance, causal)
+        return self.bias[...][bucket] * config.query_key_size**0.5
+
+
+def _broadcast(mask_BT: Array, like: Array) -> Array:
+    return mask_BT.astype(like.dtype).reshape(*mask_BT.shape, *(1,) * (like.ndim - 2))
+
+
+def _per_token_count(rows: Rows) -> Float[Array, "B T"]:
+    """1 / tokens in the sequence of each token; bidirectional grouped attention is a mean over it."""
+    if rows.segment_ids_BT is None:
+        return jnp.full(rows.position_BT.shape, 1 / rows.position_BT.shape[1], jnp.float32)
+    # The last position of a run, carried back over the run.
+    ends_BT = jnp.pad(rows.position_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+    count_BT = jnp.where(ends_BT, rows.position_BT + 1, jnp.iinfo(jnp.int32).max)
+    return 1 / jax.lax.cummin(count_BT, axis=1, reverse=True).astype(jnp.float32)
+
+
+def _castle(v: Array, attended: Array) -> Array:
+    """Castling-ViT's sum v / 2 + attention / pi, normalised over the value channels (You et al., 2023)."""
+    mixed = v.astype(jnp.float32) / 2 + attended.astype(jnp.float32) / jnp.pi
+    square = jnp.sum(jnp.square(mixed), axis=-1, keepdims=True)
+    return (mixed * jax.lax.rsqrt(jnp.maximum(square, 1e-12))).astype(v.dtype)

@@ -1,0 +1,29 @@
+"""Parameters that say how they are sharded and whether they decay."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+
+def parameter(value: Array, axes: tuple[str | None, ...], decay: bool = False) -> nnx.Param:
+    """A trainable parameter.
+
+    Args:
+        value: initial value, float32.
+        axes: a logical name an axis (see `lin_jax.train.sharding`), None for an axis that is never cut. Layers that are
+            stacked have one more axis, in front.
+        decay: whether weight decay applies: True for matrices, False for biases, norms, scales and filters.
+    """
+    return nnx.Param(value, axes=axes, decay=decay)
+
+
+class Constant(nnx.Variable):
+    """A value that belongs to the model but is not trained, such as a random projection."""
+
+
+def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
+    """Uniform in (-b, b) with b = fan_in ** -0.5: PyTorch's default for linear and convolution layers, and so the
+    released models' start."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -1,0 +1,41 @@
+"""Many equal layers as one: parameters stacked along a leading axis, run by a scan, so that depth compiles once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
+    """`depth` layers, each with random numbers of its own, as one module with an axis L in front of every array."""
+    create = nnx.vmap(make, in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=depth)(create)(rngs)
+
+
+def run_layers(layers: nnx.Module, x: Array, *shared: Any, remat: str = "none") -> Array:
+    """x through all layers in turn, each called as `layer(x, *shared)`.
+
+    Args:
+        layers: from `stack_layers`.
+        x: input of the first layer.
+        shared: further arguments, the same for all layers.
+        remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but its products with
+            parameters).
+    """
+    graph, arrays = nnx.split(layers)
+
+    def step(x, layer_arrays, shared):
+        return nnx.merge(graph, layer_arrays)(x, *shared)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
+    return jax.lax.scan(lambda x, layer_arrays: (step(x, layer_arrays, shared), None), x, arrays)[0]
