@@ -19,7 +19,7 @@ from lin_jax.config import ConfigError, DataConfig, require
 from lin_jax.data.files import TextFile, cache_path, write_atomically
 
 CACHED_FROM_BYTES = 1 << 26
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 _NOT_SPACE = re.compile(rb"\S")
 
 

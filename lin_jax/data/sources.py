@@ -11,7 +11,7 @@ the files and on `validation_fraction` alone.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ LEAST_TRAIN_PIECE_BYTES = 1 << 16
 VALIDATION_PIECE_BYTES = 1 << 20
 
 
+@runtime_checkable
 class Source(Protocol):
     """A random-access sequence of texts, the pieces of documents."""
 
@@ -106,7 +107,7 @@ def _open_files(files: Sequence[TextFile], config: DataConfig, split: Split, *, 
     named = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
     require(documents > 0, f"no text in {named}: empty, or nothing but white space; give other files")
     if has_both:
-        too_few = round(documents * config.validation_fraction) < 1
+        too_few = documents == 1 or round(documents * config.validation_fraction) < 1
         divide = _divide_each if too_few and not any(file.is_lines for file in files) else _divide_documents
         spans = divide(files, spans, config, split)
         require(sum(map(len, spans)) > 0, f"too little text in {named} to hold some out; give data.validation_path")

@@ -50,7 +50,7 @@ class Tokenizer(abc.ABC):
         """Token ids of a text, int32, without tokens for its beginning and end."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids."""
 
     @abc.abstractmethod
@@ -69,7 +69,7 @@ class BytesTokenizer(Tokenizer):
         """The bytes of a text, int32."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of bytes; ends of documents are left out."""
         return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
 
@@ -97,7 +97,7 @@ class LibraryTokenizer(Tokenizer):
         encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array(encoding.ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 

@@ -1,0 +1,35 @@
+"""Whole documents of the validation split, for exact evaluation."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from lin_jax.config import DataConfig
+from lin_jax.data.pipeline import read_options
+from lin_jax.data.sources import open_source
+from lin_jax.data.tokenizers import Tokenizer
+
+
+def validation_documents(config: DataConfig, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+    """The documents of the validation split in their order, one at a time.
+
+    Yields:
+        The token ids of a document with the end token, int32, each to be predicted once (the first from
+        `tokenizer.start_id`), and the size of its text in UTF-8 bytes.
+    """
+    source = open_source(config, "validation")
+
+    def tokenise(index: int) -> tuple[np.ndarray, int]:
+        text = source[index]
+        return tokenizer.encode(text), len(text.encode())
+
+    parts: list[np.ndarray] = []
+    size = 0
+    pieces = grain.MapDataset.range(len(source)).map(tokenise).to_iter_dataset(read_options())
+    for index, (ids, piece_size) in enumerate(pieces):
+        parts.append(ids)
+        size += piece_size
+        if source.ends(index):
+            yield np.concatenate([*parts, np.array([tokenizer.end_id], np.int32)]), size
+            parts, size = [], 0

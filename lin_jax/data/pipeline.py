@@ -1,0 +1,193 @@
+"""Rows of tokens for training and validation, on Grain.
+
+Every document, or piece of a long one, becomes pairs (token, next token), starting from `tokenizer.start_id`, so each
+token of the corpus, ends of documents included, is predicted exactly once an epoch, whatever the packing. The pairs
+are packed into rows, the rows shuffled within a window, so that a batch isn't a few long documents, and batched.
+
+All hosts walk through the same global batches and keep their own rows. So the order of batches and the state of the
+iterator depend on neither the number nor the index of hosts, and a run resumes exactly on another number of them.
+The price is that each host reads and tokenises all text. Two CPU cores make about half a million GPT-2 tokens a second,
+or ten million bytes, and it grows with the cores of a host, while sharding the text would make the order of batches
+depend on the lengths of documents on each host.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from lin_jax.config import DataConfig, require
+from lin_jax.data.sources import Source, open_source
+from lin_jax.data.tokenizers import Tokenizer
+
+# A window of rows is tokenised before the first batch and again after a resume, which takes a second or two.
+WINDOW_ROWS = 1 << 10
+WINDOW_TOKENS = 1 << 20
+# Evaluation often takes only the first batches, and should not tokenise many more.
+VALIDATION_WINDOW_BATCHES = 32
+PACKING_BINS = 256
+PREFETCHED_BATCHES = 4
+BYTES_MEASURED = 1 << 26
+_VALIDATION_SEED = 0
+
+Batch = dict[str, np.ndarray]
+
+
+def training_batches(
+    config: DataConfig, tokenizer: Tokenizer, *, process_index: int, process_count: int
+) -> grain.DatasetIterator:
+    """This host's rows of an endless sequence of batches, in another order in each epoch.
+
+    Each batch is a dict of arrays [b, T], where b = batch_size / process_count:
+
+    - `tokens`, `targets` (the next tokens), int32;
+    - `segment_ids`, int32: documents in a row counted from 1 under packing=segments, all 1 under
+      packing=concatenate, 0 where there is padding;
+    - `weights`, float32: 1, and 0 where there is padding.
+
+    `get_state()` is JSON, the same on every host, and the iterator is exact after `set_state()` of it. Close the
+    iterator at the end: its threads run ahead.
+
+    Raises:
+        ConfigError: the data can't be had, or the hosts don't divide the batch.
+    """
+    source = open_source(config, "train")
+    pieces = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    rows = _rows(_pairs(pieces, source, tokenizer), config, config.seed, _window(config))
+    return _batches(rows, config, process_index, process_count)
+
+
+def validation_batches(
+    config: DataConfig, tokenizer: Tokenizer, *, process_index: int, process_count: int
+) -> grain.DatasetIterator:
+    """This host's rows of the batches of the validation split, each of its tokens once; see `training_batches`.
+
+    The order is always the same and mixes documents, so the first batches are a sample of all. The last batch is
+    filled up with rows of padding.
+    """
+    source = open_source(config, "validation")
+    pieces = grain.MapDataset.range(len(source)).shuffle(seed=_VALIDATION_SEED)
+    window = min(_window(config), VALIDATION_WINDOW_BATCHES * config.batch_size)
+    rows = _rows(_pairs(pieces, source, tokenizer), config, _VALIDATION_SEED, window)
+    return _batches(rows, config, process_index, process_count)
+
+
+def validation_bytes_per_token(config: DataConfig, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of the validation split for each token that is predicted, ends of documents included.
+
+    Of a split larger than `BYTES_MEASURED`, a random part of that size is measured.
+    """
+    source = open_source(config, "validation")
+    size = tokens = 0
+    for index in grain.MapDataset.range(len(source)).shuffle(seed=_VALIDATION_SEED):
+        text = source[index]
+        size += len(text.encode())
+        tokens += len(tokenizer.encode(text)) + source.ends(index)
+        if size >= BYTES_MEASURED:
+            break
+    return size / tokens
+
+
+def read_options() -> grain.ReadOptions:
+    """As many threads as there are cores read and tokenise, a few pieces ahead."""
+    threads = os.cpu_count() or 1
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+
+
+def token_pairs(source: Source, tokenizer: Tokenizer, index: int) -> np.ndarray:
+    """The pairs (token, next token) of a piece, int32 [n, 2]."""
+    targets = tokenizer.encode(source[index])
+    if source.ends(index):
+        targets = np.append(targets, np.int32(tokenizer.end_id))
+    tokens = np.concatenate(([np.int32(tokenizer.start_id)], targets))[:-1]
+    return np.stack([tokens, targets], axis=1).astype(np.int32)
+
+
+def _pairs(pieces: grain.MapDataset, source: Source, tokenizer: Tokenizer) -> grain.IterDataset:
+    tokenised = pieces.map(lambda index: {"pairs": token_pairs(source, tokenizer, index)})
+    return tokenised.to_iter_dataset(read_options())
+
+
+def _window(config: DataConfig) -> int:
+    return max(min(WINDOW_ROWS, WINDOW_TOKENS // config.sequence_length), 2 * config.batch_size)
+
+
+def _rows(pairs: grain.IterDataset, config: DataConfig, seed: int, window: int) -> grain.IterDataset:
+    length = {"pairs": config.sequence_length}
+    if config.packing == "segments":
+        parts = experimental.FlatMapIterDataset(pairs, _SplitLong(config.sequence_length))
+        packed = experimental.FirstFitPackIterDataset(
+            parts, length_struct=length, num_packing_bins=PACKING_BINS, seed=seed
+        )
+        return packed.map(_segmented_row)
+    packed = _RestoreFromJson(experimental.ConcatThenSplitIterDataset(pairs, length_struct=length))
+    return experimental.WindowShuffleIterDataset(packed, window_size=window, seed=seed).map(_plain_row)
+
+
+def _segmented_row(packed: Batch) -> Batch:
+    segment_ids = packed["pairs_segment_ids"]
+    tokens, targets = packed["pairs"].T
+    weights = (segment_ids > 0).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "weights": weights}
+
+
+def _plain_row(packed: Batch) -> Batch:
+    row = _segmented_row(packed)
+    return {**row, "segment_ids": (row["segment_ids"] > 0).astype(np.int32)}
+
+
+def _batches(
+    rows: grain.IterDataset, config: DataConfig, process_index: int, process_count: int
+) -> grain.DatasetIterator:
+    require(
+        config.batch_size % process_count == 0,
+        f"data.batch_size={config.batch_size} is not divisible by the number of hosts, {process_count}",
+    )
+    count = config.batch_size // process_count
+    own = slice(process_index * count, (process_index + 1) * count)
+    batches = rows.batch(config.batch_size, batch_fn=lambda batch: _stack(batch, config.batch_size, own))
+    return iter(experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
+
+
+def _stack(rows: Sequence[Batch], batch_size: int, own: slice) -> Batch:
+    """This host's rows of a batch, filled up with padding if rows are missing."""
+    padding = {name: np.zeros_like(column) for name, column in rows[0].items()}
+    filled = [*rows, *[padding] * (batch_size - len(rows))][own]
+    return {name: np.stack([row[name] for row in filled]) for name in padding}
+
+
+class _SplitLong(experimental.FlatMapTransform):
+    """Cuts documents into parts that fit into a row."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def flat_map(self, element: Batch) -> list[Batch]:
+        pairs = element["pairs"]
+        return [{"pairs": pairs[at : at + self._length]} for at in range(0, len(pairs), self._length)]
+
+
+class _RestoreFromJson(grain.IterDataset):
+    """Lets ConcatThenSplit take back its state from JSON.
+
+    It compares slices with the tuple (-1, -1) for "none"; JSON makes a list of it, which Grain (seen in 0.2.18) takes
+    for a slice, and then drops a document.
+    """
+
+    def __iter__(self) -> "_RestoreFromJsonIterator":
+        return _RestoreFromJsonIterator(self._parent.__iter__())
+
+
+class _RestoreFromJsonIterator(grain.DatasetIterator):
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        slices = {name: tuple(part) for name, part in state["remainder_slices"].items()}
+        self._parent.set_state({**state, "remainder_slices": slices})

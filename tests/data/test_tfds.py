@@ -1,0 +1,85 @@
+"""TFDS: a dataset written and read without TensorFlow."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from lin_jax.config import ConfigError, DataConfig
+from lin_jax.data.sources import open_source
+
+TEXTS = {"train": [f"training text {number} é" for number in range(50)], "test": ["test one", "test two"]}
+
+
+class TinyTexts(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in TEXTS}
+
+    def _generate_examples(self, split):
+        for number, text in enumerate(TEXTS[split]):
+            yield number, {"text": text, "label": number}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    TinyTexts(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory
+
+
+def read(directory, split, **settings):
+    source = open_source(DataConfig(source="tfds", tfds_name="tiny_texts", tfds_directory=directory, **settings), split)
+    return [source[index] for index in range(len(source))]
+
+
+def test_splits_are_read(directory):
+    assert sorted(read(directory, "train", validation_split="test")) == sorted(TEXTS["train"])
+    assert sorted(read(directory, "validation", validation_split="test")) == TEXTS["test"]
+    assert "tensorflow" not in sys.modules
+
+
+def test_some_are_held_out_where_there_is_no_validation_split(directory):
+    train = read(directory, "train", validation_fraction=0.2)
+    validation = read(directory, "validation", validation_fraction=0.2)
+    assert len(validation) == 10
+    assert sorted(train + validation) == sorted(TEXTS["train"])
+
+
+def test_parts_of_splits(directory):
+    settings = {"train_split": "train[:90%]", "validation_split": "train[90%:]"}
+    train, validation = (read(directory, split, **settings) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (45, 5)
+    assert sorted(train + validation) == sorted(TEXTS["train"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_split": "nothing"}, r"has no split 'nothing'; there are .*test"),
+        ({"text_field": "body"}, r"has no field 'body'; set data\.text_field to one of .*text"),
+        ({"validation_split": "train[:5%]"}, r"train and data\.validation_split=train\[:5%\] share examples"),
+        ({"tfds_name": "no_such_set"}, r"data\.tfds_name: no_such_set cannot be opened"),
+        ({"tfds_name": "wiki40b/en"}, r"not prepared in .*pip install tensorflow apache-beam.*builder\('wiki40b/en'"),
+        ({"tfds_name": "glue/sst2"}, r"not prepared in .*: run python .*builder\('glue/sst2', file_format='array_rec"),
+    ],
+)  # fmt: skip
+def test_errors(directory, settings, message):
+    settings = {"tfds_name": "tiny_texts", "tfds_directory": directory, **settings}
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_source(DataConfig(source="tfds", **settings), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8(directory, monkeypatch):
+    config = DataConfig(source="tfds", tfds_name="tiny_texts", tfds_directory=directory)
+    source = open_source(config, "train")
+    object.__setattr__(source, "examples", [{"text": b"a \xff"}] * 50)
+    with pytest.raises(ConfigError, match=r"tiny_texts example 0: .*data\.encoding_errors=replace"):
+        source[0]
