@@ -66,18 +66,18 @@ class TextSource:
 
     config: DataConfig
     files: Sequence[TextFile]
-    file_P: np.ndarray  # which file a piece is in
-    span_P2: np.ndarray  # its first byte and the byte after its last
-    ends_P: np.ndarray  # whether it ends its document
+    file_numbers: np.ndarray  # the file of every piece
+    spans: np.ndarray  # [pieces, 2], its first byte and the byte after its last
+    are_last: np.ndarray  # whether it ends its document
 
     def __len__(self) -> int:
         """Number of pieces."""
-        return len(self.file_P)
+        return len(self.file_numbers)
 
     def __getitem__(self, index: int) -> str:
         """The text of a piece."""
-        file = self.files[self.file_P[index]]
-        start, stop = self.span_P2[index].tolist()
+        file = self.files[self.file_numbers[index]]
+        start, stop = self.spans[index].tolist()
         with open(file.path, "rb") as opened:
             opened.seek(start)
             raw = opened.read(stop - start)
@@ -87,7 +87,7 @@ class TextSource:
 
     def ends(self, index: int) -> bool:
         """Whether a piece is the last one of its document."""
-        return bool(self.ends_P[index])
+        return bool(self.are_last[index])
 
 
 def _open_text(config: DataConfig, split: Split) -> TextSource:

@@ -34,6 +34,7 @@ class TfdsSource:
         example = int(self.chosen[index])
         text = self.examples[example][self.config.text_field]
         where = f"{self.config.tfds_name} example {example}"
+        require(isinstance(text, (str, bytes)), f"{where}: data.text_field={self.config.text_field} is not text")
         if isinstance(text, str):
             return without_surrogates(text, self.config, where)
         try:

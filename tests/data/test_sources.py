@@ -195,7 +195,7 @@ def test_the_standard_library_is_a_corpus():
 
 
 def _places(source):
-    return np.column_stack([source.file_P, source.span_P2[:, 0]]).tolist()
+    return np.column_stack([source.file_numbers, source.spans[:, 0]]).tolist()
 
 
 ERRORS = {

@@ -77,7 +77,12 @@ def test_errors(directory, settings, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_not_utf8(directory, monkeypatch):
+def test_a_field_that_is_not_text(directory):
+    with pytest.raises(ConfigError, match=r"tiny_texts example \d+: data\.text_field=label is not text"):
+        read(directory, "train", text_field="label")
+
+
+def test_bytes_that_are_not_utf8(directory):
     config = DataConfig(source="tfds", tfds_name="tiny_texts", tfds_directory=directory)
     source = open_source(config, "train")
     object.__setattr__(source, "examples", [{"text": b"a \xff"}] * 50)
