@@ -205,7 +205,7 @@ class DataConfig:
             f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",
         )
         require(
-            self.source != "text" or bool(self.path),
+            self.source != "text" or bool(self.path or self.validation_path),
             "path is empty: give files with --config.data.path=FILE_OR_GLOB",
         )
         require(self.separator != "", "separator must not be the empty string; None makes a file one document")

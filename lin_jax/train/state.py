@@ -55,7 +55,7 @@ class Structure:
     def initialise(self, seed: jax.Array) -> tuple[Any, Any]:
         """Parameters and constants of a new model."""
         _, parameters, constants = nnx.split(self.create(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
-        return nnx.to_pure_dict(parameters), nnx.to_pure_dict(constants)
+        return _strong(nnx.to_pure_dict(parameters)), _strong(nnx.to_pure_dict(constants))
 
     def metadata(self, name: str) -> Any:
         """The metadata `name` of every parameter, as a tree like the parameters."""
@@ -68,6 +68,11 @@ class Structure:
     def _map_parameters(self, function: Callable[[nnx.Variable], Any]) -> Any:
         flat = nnx.to_flat_state(self.abstract_parameters)
         return nnx.traversals.unflatten_mapping({path: function(variable) for path, variable in flat})
+
+
+def _strong(tree: Any) -> Any:
+    """`tree` without weak types, which a checkpoint does not keep."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), tree)
 
 
 def make_structure(create: Create) -> Structure:

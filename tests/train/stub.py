@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-VOCABULARY, WIDTH, LAYERS = 96, 16, 3
+VOCABULARY, WIDTH, LAYERS = 96, 16, 3  # by default
 
 
 class Constant(nnx.Variable):
@@ -12,15 +12,15 @@ class Constant(nnx.Variable):
 
 
 class Layer(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs, width):
         key = rngs.params()
-        self.up = nnx.Param(0.3 * jax.random.normal(key, (WIDTH, 2 * WIDTH)), axes=("width", "hidden"), decay=True)
+        self.up = nnx.Param(0.3 * jax.random.normal(key, (width, 2 * width)), axes=("width", "hidden"), decay=True)
         self.down = nnx.Param(
-            0.3 * jax.random.normal(jax.random.fold_in(key, 1), (2 * WIDTH, WIDTH)),
+            0.3 * jax.random.normal(jax.random.fold_in(key, 1), (2 * width, width)),
             axes=("hidden", "width"),
             decay=True,
         )
-        self.scale = nnx.Param(jnp.ones(WIDTH), axes=(None,), decay=False)
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,), decay=False)
 
     def __call__(self, x_BTC, same_BTT):
         count = jnp.sum(same_BTT, axis=-1, keepdims=True)
@@ -30,12 +30,12 @@ class Layer(nnx.Module):
 
 
 class Stub(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs, vocabulary=VOCABULARY, width=WIDTH):
         key = rngs.params()
         self.embedding = nnx.Param(
-            jax.random.normal(key, (VOCABULARY, WIDTH)), axes=("vocabulary", "width"), decay=False
+            jax.random.normal(key, (vocabulary, width)), axes=("vocabulary", "width"), decay=False
         )
-        self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Layer))(rngs)
+        self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Layer(rngs, width)))(rngs)
         self.temperature = Constant(jnp.full((), 0.5))
 
     def features(self, tokens_BT, segment_ids_BT=None):

@@ -1,0 +1,366 @@
+"""Checkpoints: model, optimizer, data position and settings, saved while training goes on.
+
+A checkpoint is a directory `workdir/checkpoints/STEP` with four items: `model` (parameters and constants), `training`
+(step and optimizer), `data` (the iterator's position) and `meta` (settings, and a checksum of every array, since a
+changed byte inside an array is read back without complaint).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as policies
+
+from lin_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, require
+from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
+from lin_jax.models.registry import create_model
+from lin_jax.overrides import config_from_dict, config_to_dict
+from lin_jax.train.sharding import make_mesh, replicated
+from lin_jax.train.state import TrainState, make_structure
+
+Report = Callable[[str], None]
+
+# Settings that a resumed run may change: they do not alter what is learned from what, only how it is computed,
+# watched and kept. `train.steps` may grow (the schedule is then that of the new length).
+FREE_SETTINGS = (
+    "workdir",
+    "profile",
+    "show_sharding",
+    "mesh",
+    "checkpoint",
+    "data.tfds_directory",
+    "data.cache_directory",
+    "model.dtype",
+    "model.remat",
+    "model.attention.implementation",
+    "train.steps",
+    "train.microbatches",
+    "train.loss_chunk",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.evaluate_batches",
+    "train.max_skipped",
+)
+
+
+def checkpoints_directory(workdir: str) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return epath.Path(workdir).absolute() / "checkpoints"
+
+
+def tokenizer_directory(workdir: str) -> epath.Path:
+    """Where a run keeps its tokenizer."""
+    return epath.Path(workdir).absolute() / "tokenizer"
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether there is a run to go on with.
+
+    Raises:
+        ConfigError: there is one, but it was made with other settings.
+    """
+    with _reader(checkpoints_directory(config.workdir)) as manager:
+        for step in _steps(manager):
+            try:
+                meta = _read_meta(manager, step)
+            except Exception:  # `restore` reports the damage.
+                continue
+            _require_same_settings(meta["config"], config)
+            return True
+        return bool(_steps(manager))
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore` found: a state to go on from, or None, and the steps that could not be read."""
+
+    state: TrainState | None
+    unreadable: tuple[int, ...] = ()
+
+
+def restore(config: Config, abstract: TrainState, iterator: Any, report: Report) -> Restored:
+    """The newest checkpoint that can be read, on the devices that `abstract` names; nothing is written.
+
+    Args:
+        config: the settings of the run that wants to go on.
+        abstract: shapes, types and shardings of the state; the mesh may differ from the one that saved it.
+        iterator: the data iterator, which is set to its position.
+        report: is told of checkpoints that cannot be read.
+
+    Raises:
+        ConfigError: the checkpoint is one of other settings, or there are some but none can be read.
+    """
+    directory = checkpoints_directory(config.workdir)
+    unreadable: list[int] = []
+    problem = ""
+    with _reader(directory) as manager:
+        for step in _steps(manager):
+            try:
+                meta = _read_meta(manager, step)
+                _require_same_settings(meta["config"], config)
+                return Restored(_restore_state(manager, step, meta, abstract, iterator), tuple(unreadable))
+            except ConfigError:
+                raise
+            except Exception as error:  # Damage shows as nearly any type of error.
+                problem = _first_line(error)
+                unreadable.append(step)
+                report(f"checkpoint {step} in {directory} cannot be read ({problem}); trying the one before it")
+    require(
+        not unreadable,
+        f"none of the checkpoints {unreadable} in {directory} can be read ({problem}); choose another --config.workdir",
+    )
+    return Restored(None)
+
+
+def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState, iterator: Any) -> TrainState:
+    model, training = _items(abstract)
+    found = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            model=ocp.args.StandardRestore(model),
+            training=ocp.args.StandardRestore(training),
+            data=ocp.args.JsonRestore(),
+        ),
+    )
+    _require_checksums({"model": found["model"], "training": found["training"]}, meta)
+    iterator.set_state(found["data"])
+    return TrainState(**found["model"], **found["training"])
+
+
+class Checkpoints:
+    """Saves a run's state in the background, and survives a disk that is full."""
+
+    def __init__(self, config: Config, restored: Restored, report: Report):
+        self._config, self._report = config, report
+        self._directory = checkpoints_directory(config.workdir)
+        self._set_aside(restored.unreadable)
+        self._manager = _writer(self._directory, config.checkpoint)
+        self._saved = self._asked = self._manager.latest_step()
+        self._running: int | None = None
+
+    def save(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None) -> None:
+        """Start to save `state`, unless this step is saved; what fails is reported, not raised."""
+        if step == self._asked:
+            return
+        self.wait()
+        self._asked = step
+        try:
+            self._start(step, state, iterator, validation_loss)
+        except Exception as error:
+            self._give_up(step, error)
+
+    def poll(self) -> None:
+        """Report a save that failed in the background."""
+        self._settle(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Block until nothing is being saved any more."""
+        self._settle(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Finish saving and stop the background threads."""
+        self.wait()
+        self._manager.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last `save` is known to have worked; call `wait` first."""
+        return self._saved == self._asked
+
+    def _start(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None) -> None:
+        model, training = _items(state)
+        checksums = {name: _checksums(item) for name, item in (("model", model), ("training", training))}
+        self._running = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model),
+                training=ocp.args.StandardSave(training),
+                data=ocp.args.JsonSave(iterator.get_state()),
+                meta=ocp.args.JsonSave({"config": config_to_dict(self._config), "checksums": checksums}),
+            ),
+            metrics=_metrics(validation_loss),
+        )
+
+    def _settle(self, action: Callable[[], Any]) -> None:
+        if self._running is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._give_up(self._running, error)
+            return
+        if not self._manager.is_saving_in_progress():
+            self._saved, self._running = self._running, None
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """Drop a failed save with what it left on the disk; the manager would count it as done."""
+        self._report(
+            f"warning: checkpoint {step} could not be saved ({_first_line(error)}); training goes on, "
+            f"the newest checkpoint in {self._directory} is {self._saved}"
+        )
+        self._running = None
+        _close_quietly(self._manager)
+        for left in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            left.rmtree(missing_ok=True)
+        self._manager = _writer(self._directory, self._config.checkpoint)
+        self._saved = self._manager.latest_step()
+
+    def _set_aside(self, steps: tuple[int, ...]) -> None:
+        """Move checkpoints that cannot be read out of the way, so that their steps can be saved again."""
+        for step in steps if jax.process_index() == 0 else ():
+            aside = epath.Path(self._config.workdir) / "unreadable_checkpoints"
+            aside.mkdir(parents=True, exist_ok=True)
+            number = len(list(aside.glob(f"{step}*")))
+            (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
+
+
+def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokenizer, Config]:
+    """The model, tokenizer and settings of a trained run.
+
+    Args:
+        path: a run's workdir (its newest checkpoint that can be read is taken) or `workdir/checkpoints/STEP`.
+        mesh: the devices; all of this machine's, each with a whole copy, by default.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it cannot be read.
+    """
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    workdir, step = _workdir_and_step(path)
+    with _reader(checkpoints_directory(workdir)) as manager:
+        steps = [step] if step is not None else _steps(manager)
+        require(bool(steps), f"there is no checkpoint in {path}")
+        problem = ""
+        for candidate in steps:
+            try:
+                config, model = _load_step(manager, candidate, mesh)
+            except Exception as error:  # Damage shows as nearly any type of error.
+                problem = _first_line(error)
+                continue
+            return model, restore_tokenizer(tokenizer_directory(workdir)), config
+    raise ConfigError(f"no checkpoint of {path} can be read ({problem})")
+
+
+def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]:
+    meta = _read_meta(manager, step)
+    config = config_from_dict(meta["config"])
+    structure = make_structure(lambda rngs: create_model(config.model, rngs))
+    shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
+    shardings = (structure.parameter_shardings(mesh), jax.tree.map(lambda _: replicated(mesh), shapes[1]))
+    abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    item = ocp.args.StandardRestore({"parameters": abstract[0], "constants": abstract[1]})
+    found = manager.restore(step, args=ocp.args.Composite(model=item))["model"]
+    _require_checksums({"model": found}, meta)
+    return config, structure.merge(found["parameters"], found["constants"])
+
+
+def _workdir_and_step(path: str) -> tuple[str, int | None]:
+    place = epath.Path(path)
+    if place.parent.name == "checkpoints" and place.name.isdigit():
+        return str(place.parent.parent), int(place.name)
+    return path, None
+
+
+def _read_meta(manager: Any, step: int) -> Mapping[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {"parameters": state.parameters, "constants": state.constants}
+    return model, {"step": state.step, "optimizer": state.optimizer}
+
+
+def _reader(directory: epath.Path) -> Any:
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def _writer(directory: epath.Path, config: CheckpointConfig) -> Any:
+    keep: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["validation_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        keep.append(best)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def _steps(manager: Any) -> list[int]:
+    """Newest first."""
+    return sorted(manager.all_steps(), reverse=True)
+
+
+def _close_quietly(manager: Any) -> None:
+    """Close a manager whose error is already known; it raises the same one again."""
+    try:
+        manager.close()
+    except Exception:
+        return
+
+
+def _metrics(validation_loss: float | None) -> dict[str, float] | None:
+    finite = validation_loss is not None and math.isfinite(validation_loss)
+    return {"validation_loss": float(validation_loss)} if finite else None  # type: ignore[arg-type]
+
+
+@jax.jit
+def _sums_of_bits(tree: Any) -> Any:
+    return jax.tree.map(_sum_of_bits, tree)
+
+
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    """The sum of an array's bits as integers, modulo 2**32: the same however the array is cut."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = jax.lax.bitcast_convert_type(array, unsigned[array.dtype.itemsize])
+    return jnp.sum(array.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _checksums(item: Any) -> dict[str, int]:
+    leaves = jax.tree.leaves_with_path(jax.device_get(_sums_of_bits(item)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): int(np.asarray(leaf)) for path, leaf in leaves}
+
+
+def _require_checksums(items: Mapping[str, Any], meta: Mapping) -> None:
+    for name, item in items.items():
+        for key, value in _checksums(item).items():
+            if value != meta["checksums"][name][key]:
+                raise ValueError(f"{name}.{key} does not have the checksum it was saved with")
+
+
+def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
+    """Raise `ConfigError` naming the first setting that a resumed run must not change."""
+    new = config_to_dict(config)
+    for name, value in _flatten(new).items():
+        old = _flatten(saved).get(name)
+        free = any(name == setting or name.startswith(setting + ".") for setting in FREE_SETTINGS)
+        require(
+            free or old == value,
+            f"config.{name} is {value}, but the checkpoints in {checkpoints_directory(config.workdir)} were made with "
+            f"{old}: set it back, or choose another --config.workdir",
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,244 @@
+"""Metrics of a run: a bar or lines for whoever watches, JSONL and TensorBoard for later, a picture at the end."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+
+from lin_jax.train.step import StepMetrics
+
+# Dense bf16 FLOP/s of one device, by what its `device_kind` contains; from the makers' data sheets. First match wins.
+PEAK_FLOPS = (
+    ("v6 lite", 918e12),
+    ("v6e", 918e12),
+    ("v5p", 459e12),
+    ("v5 lite", 197e12),
+    ("v5e", 197e12),
+    ("v5", 459e12),
+    ("v4", 275e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+METRICS = "metrics.jsonl"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s that a device can do at best; None where it is not known."""
+    return next((flops for name, flops in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
+
+
+def read_metrics(file: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Lines of a metrics file, up to `last_step`; a line that was cut off by a kill is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [line for line in map(_parse, lines) if line is not None]
+    return [line for line in found if last_step is None or line["step"] <= last_step]
+
+
+class MetricsLog:
+    """Collects metrics without waiting for the device, and writes them down when asked to.
+
+    One line of `metrics.jsonl` a step; a run that resumes drops the lines after its checkpoint, so that every step is
+    there once. Only the first process writes.
+    """
+
+    def __init__(self, workdir: str, step: int, steps: int, flops_per_token: float, report: Callable[[str], None]):
+        """Go on with the metrics of `workdir` after `step` of `steps`."""
+        self._sinks: list[_JsonLines | _Board] = []
+        if jax.process_index() == 0:
+            self._sinks = [_JsonLines(Path(workdir) / METRICS, step), _Board(Path(workdir) / "tensorboard", step)]
+        self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
+        self._pending: list[tuple[int, StepMetrics]] = []
+        evaluations = [line for line in read_metrics(Path(workdir) / METRICS) if line.get("validation_loss") is not None]
+        self._validation: dict[str, Any] | None = evaluations[-1] if evaluations else None
+        self._bar = _make_bar(step, steps) if self._sinks and sys.stderr.isatty() else None
+        self._mark = time.perf_counter()
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Keep the metrics of a step, which may still be running."""
+        self._pending.append((step, metrics))
+
+    def flush(self) -> int:
+        """Wait for the steps added so far and write them; returns the steps skipped in a row until now."""
+        if not self._pending:
+            return 0
+        steps, values = zip(*self._pending, strict=True)
+        values = jax.device_get(values)
+        self._pending = []
+        lines = [_step_line(step, value) for step, value in zip(steps, values, strict=True)]
+        lines[-1].update(self._speed(values))
+        self._write(lines)
+        self._show(lines)
+        return int(values[-1].skipped_in_a_row)
+
+    def restart_clock(self) -> None:
+        """Leave out what happened since the last flush from the speed: evaluation, saving."""
+        self._mark = time.perf_counter()
+
+    def write_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Note the result of an evaluation."""
+        self._validation = {"step": step, **values}
+        self._write([self._validation])
+
+    def validation_at(self, step: int) -> dict[str, Any] | None:
+        """The last evaluation, if it was made at `step`."""
+        return self._validation if self._validation and self._validation["step"] == step else None
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        if self._sinks:
+            self._report(text)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _speed(self, values: Iterable[StepMetrics]) -> dict[str, float]:
+        now = time.perf_counter()
+        values = list(values)
+        seconds = (now - self._mark) / len(values)
+        self._mark = now
+        tokens_per_second = float(np.mean([value.tokens for value in values])) / seconds
+        speed = {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is not None:
+            speed["mfu"] = tokens_per_second * self._flops_per_token / (peak * jax.device_count())
+        return speed
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        for sink in self._sinks:
+            try:
+                sink.write(lines)
+            except OSError as error:  # A full disk must not end a run; what is left is tried again with the next lines.
+                self.message(f"warning: metrics cannot be written ({error.strerror or error}); training goes on")
+
+    def _show(self, lines: list[dict[str, Any]]) -> None:
+        last = lines[-1]
+        left = (self._steps - last["step"]) * last["step_seconds"]
+        losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
+        loss = f"loss {np.mean(losses):.4f}" if losses else "loss not finite"
+        parts = [loss, f"{last['tokens_per_second']:,.0f} tokens/s", f"{last['step_seconds']:.3g} s/step"]
+        if "mfu" in last:
+            parts.append(f"MFU {last['mfu']:.1%}")
+        if last["skipped"]:
+            parts.append(f"{last['skipped']} skipped")
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.update(last["step"] - self._bar.n)
+        else:
+            self.message(f"step {last['step']}/{self._steps}: {', '.join(parts)}, {_duration(left)} left")
+
+
+class _JsonLines:
+    """Appends to a file; bytes that do not fit on the disk are kept and tried again."""
+
+    def __init__(self, file: Path, step: int):
+        """Drop the lines after `step`, which will be written again."""
+        self._file, self._unwritten = file, b""
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(_encode(read_metrics(file, step)))
+        temporary.replace(file)
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        self._unwritten += _encode(lines)
+        with self._file.open("ab", buffering=0) as file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
+
+
+class _Board:
+    """TensorBoard events of every last line. Written here and now: `SummaryWriter` hangs once its thread has failed."""
+
+    def __init__(self, directory: Path, step: int):
+        """Begin a file of events; TensorBoard forgets earlier ones after `step`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        values = dict(lines[-1])
+        step = values.pop("step")
+        for name, value in values.items():
+            if math.isfinite(value):
+                event = event_pb2.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+                self._writer.write_event(event)
+        self._writer.flush()
+
+
+def _encode(lines: list[dict[str, Any]]) -> bytes:
+    finite = [{name: value if value is None else _finite(value) for name, value in line.items()} for line in lines]
+    return "".join(json.dumps(line) + "\n" for line in finite).encode()
+
+
+def draw_learning_curve(workdir: str) -> Path:
+    """Draw training and validation loss of a run to `learning_curve.png` in its directory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(Path(workdir) / METRICS)
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="nats per token", title=Path(workdir).name)
+    if axes.has_data():
+        axes.legend()
+    axes.grid(alpha=0.3)
+    file = Path(workdir) / "learning_curve.png"
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return file
+
+
+def _step_line(step: int, metrics: StepMetrics) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": float(metrics.loss),
+        "gradient_norm": float(metrics.gradient_norm),
+        "learning_rate": float(metrics.learning_rate),
+        "tokens": float(metrics.tokens),
+        "skipped": int(metrics.skipped),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _make_bar(step: int, steps: int) -> Any:
+    return tqdm.tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
