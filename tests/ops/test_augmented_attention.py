@@ -53,13 +53,14 @@ def test_equals_the_equations_written_in_numpy(implementation, local_groups):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(case=cases())
 def test_equals_the_reference(implementation, case):
     assert relative_error(case(implementation), case("reference")) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(case=cases())
 def test_gradients_equal_the_reference(implementation, case):
     rng = np.random.default_rng(1)
@@ -84,7 +85,7 @@ def test_gradients_equal_finite_differences():
         return jnp.sum(jnp.sin(augmented_attention(**floats, **case.options)))
 
     with jax.enable_x64(True):
-        floats = jax.tree.map(lambda x: np.asarray(x, np.float64), floats)
+        floats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), floats)
         gradient = jax.grad(loss)(floats)
         for name, x in floats.items():
             direction = rng.standard_normal(x.shape)
@@ -94,6 +95,7 @@ def test_gradients_equal_finite_differences():
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(case=cases(causal=True), seed=st.integers(0, 1000))
 def test_no_token_sees_a_later_one_or_another_segment(implementation, case, seed):
     """Invariant 1: the derivative is exactly 0."""
@@ -114,6 +116,7 @@ def test_no_token_sees_a_later_one_or_another_segment(implementation, case, seed
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(case=cases(causal=True, segments=False), seed=st.integers(0, 1000))
 def test_continuing_from_a_state_is_the_whole_row(implementation, case, seed):
     """Invariant 2: any cut of a row gives the same outputs and the same final state."""
@@ -141,6 +144,7 @@ def test_step_by_step_is_the_whole_row(options):
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(case=cases(causal=True, segments=False), lengths=st.lists(st.integers(0, 9), min_size=3, max_size=3))
 def test_rows_of_unequal_length_continue_from_their_own_state(implementation, case, lengths):
     """A batch whose rows stop at different places inside a group, padded on the right, goes on exactly."""
@@ -148,17 +152,19 @@ def test_rows_of_unequal_length_continue_from_their_own_state(implementation, ca
     ends = np.minimum(np.asarray(lengths[:B]), T)
     ids = jnp.asarray(np.arange(T)[None] < ends[:, None], jnp.int32)
     _, state = case(implementation, {**case.arrays, "segment_ids_BT": ids}, return_state=True)
-    y, _ = case(implementation, {**case.arrays, "initial_state": state}, return_state=True)
-    for b in range(B):
-        row = {k: x[b : b + 1] if k[-1] != "H" and x.ndim > 2 else x for k, x in case.arrays.items()}
-        twice = {
-            k: jnp.concatenate([x[:, : ends[b]], x], axis=1) if x.ndim == 4 else x for k, x in row.items()
-        }
-        expected = case("reference", twice)[:, ends[b] :]
-        assert relative_error(y[b : b + 1], expected) < 1e-5
+    y = case(implementation, {**case.arrays, "initial_state": state})
+
+    # Each row's first tokens and then the whole row again, as one sequence.
+    index = np.arange(2 * T)[None] - ends[:, None]
+    index = jnp.asarray(np.where(index < 0, np.arange(2 * T)[None], np.minimum(index, T - 1)))
+    along = lambda x, index: jnp.take_along_axis(x, index[:, :, None, None], axis=1)  # noqa: E731
+    joined = {k: along(x, index) if x.ndim == 4 else x for k, x in case.arrays.items()}
+    expected = along(case("reference", joined), jnp.asarray(ends[:, None] + np.arange(T)[None]))
+    assert relative_error(y, expected) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(case=cases(segments=False), before=st.integers(0, 9), after=st.integers(0, 9))
 def test_padding_and_packing_change_nothing(implementation, case, before, after):
     """Invariant 4: a sequence with padding or other documents around it gives what it gives alone."""

@@ -231,9 +231,10 @@ class _Masks(NamedTuple):
 def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) -> _Masks:
     G, S = inputs.group_size, window.run.shape[2]
     known = window.key_known[:, :, None, None, None, :]
-    distance = np.arange(G)[:, None] + blocks.back * G - np.arange(S)[None]
+    distance = jnp.arange(G)[:, None] + blocks.back * G - jnp.arange(S)[None]
+    distance = distance[None, None, None, None]
     if inputs.aligned:
-        past = (np.ones((G, S), bool) if not inputs.causal else distance >= 0)[None, None, None, None]
+        past = distance >= 0 if inputs.causal else jnp.ones_like(distance, bool)
         return _Masks(past if S == G and inputs.causal else past & known, None, None)
     cut = lambda x: x.reshape(x.shape[0], blocks.count, G)  # noqa: E731
     same = (cut(queries.run)[..., None] == window.run[:, :, None, :])[:, :, None, None]

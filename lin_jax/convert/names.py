@@ -1,0 +1,102 @@
+"""Tables of names between another code's parameters and ours, with transformations that can be undone."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from lin_jax.config import ConfigError, require
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a table.
+
+    Attributes:
+        theirs: name in the other code; `{layer}` stands for a layer's number.
+        ours: path of our parameter, joined by dots; one with `{layer}` in `theirs` is stacked over layers.
+        to_ours: their array to ours, for one layer.
+        to_theirs: the inverse.
+    """
+
+    theirs: str
+    ours: str
+    to_ours: Callable[[np.ndarray], np.ndarray] = _same
+    to_theirs: Callable[[np.ndarray], np.ndarray] = _same
+
+
+def transposed(theirs: str, ours: str) -> Entry:
+    """A PyTorch linear weight [outputs, inputs], ours [inputs, outputs]."""
+    return Entry(theirs, ours, np.transpose, np.transpose)
+
+
+def parameters(model: nnx.Module) -> dict[str, Array]:
+    """The trainable arrays of a model by path, joined by dots."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+
+
+def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:
+    """Our arrays (parameters, or gradients of the same paths) under the other code's names."""
+    result = {}
+    for entry in table:
+        array = np.asarray(ours[entry.ours])
+        if "{layer}" not in entry.theirs:
+            result[entry.theirs] = entry.to_theirs(array)
+            continue
+        for layer in range(depth):
+            result[entry.theirs.format(layer=layer)] = entry.to_theirs(array[layer])
+    return result
+
+
+def load(model: nnx.Module, table: list[Entry], theirs: Mapping[str, np.ndarray], depth: int, ignore: tuple[str, ...]):
+    """Sets every parameter of `model` from the other code's arrays.
+
+    Args:
+        model: changed in place.
+        table: one entry for every parameter of the model.
+        theirs: the other code's arrays by name.
+        depth: layers.
+        ignore: ends of names that hold no parameters.
+
+    Raises:
+        ConfigError: an array is missing, left over, or of another shape; names all of a kind in one line.
+    """
+    wanted = {name for entry in table for name in _names(entry, depth)}
+    missing = sorted(wanted - theirs.keys())
+    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
+    unused = sorted(name for name in theirs.keys() - wanted if not name.endswith(ignore))
+    require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
+    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for entry in table:
+        arrays = [entry.to_ours(np.asarray(theirs[name])) for name in _names(entry, depth)]
+        array = np.stack(arrays) if "{layer}" in entry.theirs else arrays[0]
+        variable = variables.pop(entry.ours)
+        if array.shape != variable.shape:
+            raise ConfigError(f"{entry.theirs} gives shape {array.shape}, but the model's is {variable.shape}")
+        variables_value = array.astype(variable.dtype)
+        _assign(model, entry.ours, variables_value)
+    require(not variables, f"no entry of the table sets {', '.join(variables)}")
+
+
+def _names(entry: Entry, depth: int) -> list[str]:
+    if "{layer}" not in entry.theirs:
+        return [entry.theirs]
+    return [entry.theirs.format(layer=layer) for layer in range(depth)]
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 5} more" if len(names) > 5 else ""
+
+
+def _assign(model: nnx.Module, path: str, value: np.ndarray) -> None:
+    target = model
+    for name in path.split("."):
+        target = getattr(target, name)
+    target[...] = value
