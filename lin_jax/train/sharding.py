@@ -15,10 +15,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lin_jax.config import ConfigError, MeshConfig, require
 
-# Logical axis -> mesh axes that cut it, in order. An axis that is not listed is not cut.
+# Logical axis -> mesh axes that cut it, in order.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "width": ("fsdp",),
+    "hidden": (),
+    "query_key": (),
+    "vocabulary": (),
 }
 
 
@@ -80,7 +83,7 @@ def parameter_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[i
 
 def _cut(mesh: Mesh, name: str | None, size: int, used: set[str]) -> tuple[str, ...] | None:
     """Mesh axes for one dimension; a mesh axis cuts only one dimension of an array."""
-    axes = () if name is None else MESH_AXES.get(name, ())
+    axes = () if name is None else MESH_AXES[name]
     shards = int(np.prod([mesh.shape[axis] for axis in axes]))
     if shards == 1 or size % shards or used.intersection(axes):
         return None

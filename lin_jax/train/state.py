@@ -65,6 +65,18 @@ class Structure:
         """Where every parameter lies, by its metadata `axes`."""
         return self._map_parameters(lambda v: parameter_sharding(mesh, v.axes, v.get_value().shape))
 
+    def gather(self, parameters: Any, mesh: Mesh) -> Any:
+        """`parameters` with those that are not stacked layers whole on every device.
+
+        Left to itself the compiler keeps what it looks up in a cut embedding cut along the width, and with it all
+        activations, and gathers the batch instead. Stacked layers are gathered one at a time inside the scan.
+        """
+        stacked = self._map_parameters(lambda variable: len(variable.get_value().shape) > len(variable.axes))
+        whole = replicated(mesh)
+        return jax.tree.map(
+            lambda array, keep: array if keep else jax.lax.with_sharding_constraint(array, whole), parameters, stacked
+        )
+
     def _map_parameters(self, function: Callable[[nnx.Variable], Any]) -> Any:
         flat = nnx.to_flat_state(self.abstract_parameters)
         return nnx.traversals.unflatten_mapping({path: function(variable) for path, variable in flat})

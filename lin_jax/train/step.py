@@ -41,12 +41,13 @@ class LossSettings:
 
 
 def loss_sums(
-    structure: Structure, settings: LossSettings, shards: int, parameters: Any, constants: Any, batch: Batch
+    structure: Structure, settings: LossSettings, mesh: Mesh, parameters: Any, constants: Any, batch: Batch
 ) -> LossSums:
     """Sums of the losses of a batch of tokens, targets, weights and segment ids, [B, T] each."""
-    model = structure.merge(parameters, constants)
+    model = structure.merge(structure.gather(parameters, mesh), constants)
     hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
-    chunk = max(1, settings.loss_chunk * shards // batch["tokens"].shape[0])
+    hidden_BTC = jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
+    chunk = max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
     return chunked_loss(
         model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss
     )
@@ -88,11 +89,10 @@ def make_train_step(
     mesh: Mesh,
 ) -> Any:
     """A jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
-    shards = batch_shards(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         def loss(parameters: Any, part: Batch) -> LossSums:
-            return loss_sums(structure, settings, shards, parameters, state.constants, part)
+            return loss_sums(structure, settings, mesh, parameters, state.constants, part)
 
         sums, gradient = gradient_sums(loss, state.parameters, batch, microbatches)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
@@ -123,11 +123,10 @@ def make_train_step(
 
 def make_evaluation_step(structure: Structure, settings: LossSettings, shardings: TrainState, mesh: Mesh) -> Any:
     """A jitted (parameters, constants, batch) -> LossSums."""
-    shards = batch_shards(mesh)
     settings = dataclasses.replace(settings, z_loss=0.0)
 
     def evaluate(parameters: Any, constants: Any, batch: Batch) -> LossSums:
-        return loss_sums(structure, settings, shards, parameters, constants, batch)
+        return loss_sums(structure, settings, mesh, parameters, constants, batch)
 
     return jax.jit(
         evaluate,

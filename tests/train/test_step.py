@@ -1,5 +1,8 @@
 """The training step: same loss and gradient on every mesh and for every number of microbatches; bad steps skipped."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,7 @@ from lin_jax.train.sharding import batch_sharding, global_batch, make_mesh
 from lin_jax.train.state import initial_state, make_structure, state_shardings
 from lin_jax.train.step import LossSettings, gradient_sums, loss_sums, make_evaluation_step, make_train_step
 
-from .stub import LAYERS, VOCABULARY, Stub
+from .stub import LAYERS, VOCABULARY, WIDTH, Stub
 
 STRUCTURE = make_structure(Stub)
 SETTINGS = LossSettings(loss_chunk=16, z_loss=1e-3, use_segments=True)
@@ -50,11 +53,12 @@ def setup(mesh, microbatches=1, config=CONFIG):
 
 @pytest.mark.parametrize("microbatches", [1, 2, 8])
 def test_gradient_is_that_of_the_plain_loss(microbatches):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     parameters, constants = STRUCTURE.initialise(jnp.uint32(0))
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def loss(parameters, part):
-        return loss_sums(STRUCTURE, SETTINGS, 1, parameters, constants, part)
+        return loss_sums(STRUCTURE, SETTINGS, mesh, parameters, constants, part)
 
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
@@ -64,6 +68,7 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
     )
 
 
+@functools.cache
 def run_steps(mesh_config, devices, microbatches):
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     state, step, _ = setup(mesh, microbatches)
@@ -88,6 +93,22 @@ def test_every_mesh_gives_the_same_run(mesh, microbatches):
     expected_losses, expected = run_steps(MeshConfig(), 1, 1)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), parameters, expected)
+
+
+def test_only_parameters_cross_devices():
+    """No activation is gathered or summed over devices; layers are gathered one at a time."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    state, step, _ = setup(mesh)
+    rows, length = 40, 11  # sizes that no parameter has
+    text = step.lower(state, global_batch(make_batch(rows, length), batch_sharding(mesh))).compile().as_text()
+    pattern = r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+    shapes = [
+        [int(size) for size in dimensions.split(",") if size]
+        for result in re.findall(pattern, text)
+        for dimensions in re.findall(r"\[([\d,]*)\]", result)
+    ]
+    assert [WIDTH, 2 * WIDTH] in shapes and len(shapes) > 5
+    assert not [shape for shape in shapes if length in shape or rows in shape]
 
 
 def test_parameters_and_moments_are_cut_alike():

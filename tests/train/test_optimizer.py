@@ -1,0 +1,33 @@
+"""Learning rate schedules against their formulas."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lin_jax.config import OptimizerConfig
+from lin_jax.train.optimizer import learning_rate_schedule
+
+PEAK, END, WARMUP, STEPS = 0.1, 0.01, 10, 50
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, WARMUP])
+def test_schedules(schedule, warmup):
+    config = OptimizerConfig(
+        peak_learning_rate=PEAK, end_learning_rate=END, warmup_steps=warmup, schedule=schedule
+    )
+
+    def expected(step):
+        if step < warmup:
+            return PEAK * step / warmup
+        part = (step - warmup) / (STEPS - warmup)
+        return {
+            "linear": PEAK + (END - PEAK) * part,
+            "cosine": END + (PEAK - END) * (1 + math.cos(math.pi * part)) / 2,
+            "constant": PEAK,
+        }[schedule]
+
+    function = learning_rate_schedule(config, STEPS)
+    steps = range(STEPS + 1)
+    np.testing.assert_allclose([function(step) for step in steps], [expected(step) for step in steps], rtol=1e-5)
