@@ -16,8 +16,8 @@ from lin_jax.train.loop import describe, show_sharding, train
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    # What the checkpoint library warns of is its own doings, and what fails is reported by the loop, in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for library in ("absl", "asyncio"):  # The loop reports what fails, in one line; these add pages of tracebacks.
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         parser = config_parser(__doc__)
         parser.add_argument(

@@ -136,7 +136,7 @@ def measure(
             nll += _total(pending)
             pending = []
     nll += _total(pending)
-    require(counts[1] > 0, "there is no text to evaluate on")
+    require(bool(counts[1] > 0), "there is no text to evaluate on")
     return Perplexity(*counts.tolist(), nll, time.perf_counter() - begin)
 
 
