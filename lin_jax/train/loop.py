@@ -174,7 +174,7 @@ class _Run:
         steps = self._train.steps
         if start:
             self._log.message(f"resumed from the checkpoint of step {start}")
-        update = self._compile(state) if start < steps else None
+        update: Any = self._compile(state) if start < steps else None
         self._log.restart_clock()
         for step in range(start + 1, steps + 1):
             self._profile(step - start)

@@ -62,7 +62,9 @@ class MetricsLog:
             self._sinks = [_JsonLines(Path(workdir) / METRICS, step), _Board(Path(workdir) / "tensorboard", step)]
         self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
         self._pending: list[tuple[int, StepMetrics]] = []
-        evaluations = [line for line in read_metrics(Path(workdir) / METRICS) if line.get("validation_loss") is not None]
+        evaluations = [
+            line for line in read_metrics(Path(workdir) / METRICS) if line.get("validation_loss") is not None
+        ]
         self._validation: dict[str, Any] | None = evaluations[-1] if evaluations else None
         self._bar = _make_bar(step, steps) if self._sinks and sys.stderr.isatty() else None
         self._mark = time.perf_counter()

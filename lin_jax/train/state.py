@@ -114,9 +114,9 @@ def initial_state(structure: Structure, optimizer: optax.GradientTransformation,
     return TrainState(jnp.zeros((), jnp.int32), parameters, constants, optimizer.init(parameters))
 
 
-def abstract_state(
-    structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState
-) -> TrainState:
+def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, types and shardings of a `TrainState`: what a compilation or a restore needs."""
     shapes = jax.eval_shape(lambda: initial_state(structure, optimizer, jnp.uint32(0)))
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+    )

@@ -48,9 +48,7 @@ def loss_sums(
     hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
     hidden_BTC = jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
     chunk = max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
-    return chunked_loss(
-        model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss
-    )
+    return chunked_loss(model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss)
 
 
 def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
@@ -96,9 +94,7 @@ def make_train_step(
 
         sums, gradient = gradient_sums(loss, state.parameters, batch, microbatches)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
-        gradient = jax.lax.with_sharding_constraint(
-            jax.tree.map(lambda g: g / weight, gradient), shardings.parameters
-        )
+        gradient = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g / weight, gradient), shardings.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         _, skipped_before = skipped_steps(state.optimizer)

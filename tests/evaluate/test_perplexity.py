@@ -1,4 +1,4 @@
-"""Perplexity: every token once, whatever the window, stride and batch; equal to one window at a time without padding."""
+"""Perplexity: every token once, whatever window, stride and batch; equal to one window at a time without padding."""
 
 import itertools
 import math

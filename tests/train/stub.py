@@ -1,4 +1,4 @@
-"""A very small language model with what training has to cope with: stacked layers, a layer without decay, a constant."""
+"""A very small language model with what training has to cope with: stacked layers, some without decay, a constant."""
 
 import jax
 import jax.numpy as jnp

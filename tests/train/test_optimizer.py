@@ -14,9 +14,7 @@ PEAK, END, WARMUP, STEPS = 0.1, 0.01, 10, 50
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, WARMUP])
 def test_schedules(schedule, warmup):
-    config = OptimizerConfig(
-        peak_learning_rate=PEAK, end_learning_rate=END, warmup_steps=warmup, schedule=schedule
-    )
+    config = OptimizerConfig(peak_learning_rate=PEAK, end_learning_rate=END, warmup_steps=warmup, schedule=schedule)
 
     def expected(step):
         if step < warmup:

@@ -1,0 +1,108 @@
+"""Several processes: the same batches and losses as one, stopping together, resumed by another number of them."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lin_jax.overrides import apply_overrides, load_config
+from lin_jax.train import loop
+from lin_jax.train.metrics import read_metrics
+
+from .stub import Stub
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 8
+CONFIG = """
+from lin_jax.config import *
+
+def get_config(workdir):
+    return Config(
+        workdir=workdir,
+        model=FlashConfig(vocabulary_size=257, width=16),
+        data=DataConfig(
+            source="text", path=(CORPUS,), cache_directory=workdir + "-cache", sequence_length=32, batch_size=8
+        ),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, schedule="constant"),
+        train=TrainConfig(steps=8, evaluate_every=4, evaluate_batches=2, log_every=2),
+        checkpoint=CheckpointConfig(every=0),
+        mesh=MeshConfig(fsdp=2),
+    )
+"""
+# Two devices each. The second process alone is told to stop, after step 3; both do when they next agree, at step 4.
+PROCESS = """
+import os, signal, sys
+import jax
+index, address, config = int(sys.argv[1]), *sys.argv[2:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, num_processes=2, process_id=index)
+from lin_jax.overrides import load_config
+from lin_jax.train import loop
+from tests.train.stub import Stub
+
+loop.create_model = lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
+
+def add(self, step, metrics, original=loop.MetricsLog.add):
+    original(self, step, metrics)
+    if step == 3 and index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+loop.MetricsLog.add = add
+result = loop.train(load_config(config), report=lambda line: None)
+assert result.interrupted and result.step == 4, result
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ("abc " * (index % 9 + 1) + str(index) * 3 for index in range(150))
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "config.py").write_text(CONFIG.replace("CORPUS", repr(str(corpus))))
+    return str(tmp_path / "config.py")
+
+
+def test_two_processes_then_one_are_as_one(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "create_model", lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width))
+    address, workdir = f"localhost:{free_port()}", tmp_path / "several"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(index), address, f"{config_file}:{workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    several = load_config(f"{config_file}:{workdir}")
+    one = dataclasses.replace(several, workdir=str(tmp_path / "one"))
+    one = apply_overrides(one, [f"--config.mesh.data={jax.device_count()}", "--config.mesh.fsdp=1"])
+    results = [loop.train(several), loop.train(one)]
+    lines = [
+        [line for line in read_metrics(Path(config.workdir, "metrics.jsonl")) if "loss" in line]
+        for config in (several, one)
+    ]
+    assert [[line["step"] for line in run] for run in lines] == [list(range(1, STEPS + 1))] * 2
+    for name, tolerance in (("tokens", 0), ("loss", 1e-5), ("gradient_norm", 1e-3)):
+        values = [[line[name] for line in run] for run in lines]
+        np.testing.assert_allclose(values[0], values[1], rtol=tolerance)
+    np.testing.assert_allclose(*(result.validation["validation_loss"] for result in results), rtol=1e-4)
