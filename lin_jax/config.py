@@ -41,6 +41,7 @@ def _require_at_least_zero(config: Any, *names: str) -> None:
         require(value >= 0, f"{name} must be 0 or more, but is {value}")
 
 
+Kind = Literal["augmented", "quadratic", "softmax"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
 Implementation = Literal["xla", "reference"]
 FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
@@ -50,7 +51,7 @@ FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
 class AttentionConfig:
     """One attention layer. The paper's ablations are points of this one config, see `ABLATIONS`."""
 
-    kind: Literal["augmented", "quadratic", "softmax"] = setting(
+    kind: Kind = setting(
         "augmented",
         "augmented: local groups + grouped linear + convolution; quadratic: the local activation over the whole "
         "row; softmax: softmax attention over the whole row",
@@ -58,7 +59,7 @@ class AttentionConfig:
     local: Local = setting("relu2", "activation of the scores inside the local window; none turns the branch off")
     grouped: bool = setting(True, "linear attention to the groups before the local window")
     feature_map: FeatureMap = setting("identity", "what the grouped branch does to its queries and keys")
-    feature_size: int = setting(256, "width of the random feature maps favor and fourier")
+    feature_size: int = setting(256, "width of the random feature maps favor and fourier; even for fourier")
     convolution: int = setting(32, "taps W of the causal depthwise convolution of the values; 0 turns it off")
     castling: bool = setting(False, "Castling-ViT's normalised sum of values and attention, instead of plain attention")
     causal: bool = setting(True, "whether a token sees only itself and earlier ones")
@@ -72,6 +73,10 @@ class AttentionConfig:
         if self.kind == "augmented":
             on = self.local != "none" or self.grouped or self.convolution > 0
             require(on, "attention has nothing to compute: turn on local, grouped or convolution")
+        require(
+            self.feature_map != "fourier" or self.feature_size % 2 == 0,
+            f"feature_size must be even for feature_map=fourier (cosines and sines), but is {self.feature_size}",
+        )
         if self.kind == "quadratic":
             require(
                 self.local in ("relu2", "laplace"),
@@ -228,9 +233,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_positive(self, "peak_learning_rate", "epsilon")
-        _require_at_least_zero(
-            self, "end_learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "z_loss"
-        )
+        _require_at_least_zero(self, "end_learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "z_loss")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must lie in [0, 1), but is {value}")
@@ -297,9 +300,12 @@ class Config:
 
     def __post_init__(self):
         require(
+            self.data.packing != "segments" or self.model.padding == "exact",
+            "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
+        )
+        require(
             self.data.batch_size % self.train.microbatches == 0,
-            f"data.batch_size={self.data.batch_size} is not divisible by "
-            f"train.microbatches={self.train.microbatches}",
+            f"data.batch_size={self.data.batch_size} is not divisible by train.microbatches={self.train.microbatches}",
         )
         require(
             self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lin_jax.config import AttentionConfig, FlashConfig
+from lin_jax.config import AttentionConfig, FlashConfig, Kind, Local
 from lin_jax.convert.names import Entry, load, parameters, to_theirs, transposed
 from lin_jax.models.flash import Flash
 
@@ -58,10 +58,11 @@ def _filter_entry(theirs: str, kernel: int) -> Entry:
 
 def config_from_official(official: Mapping[str, Any]) -> FlashConfig:
     """Our config of the official model's constructor arguments; padding is as released."""
-    whole_row = "softmax" if official["softmax"] else "quadratic" if official["square"] else None
-    activation = "laplace" if official["laplace_attn_fn"] else "relu2"
+    kind: Kind = "softmax" if official["softmax"] else "quadratic" if official["square"] else "augmented"
+    whole_row = kind != "augmented"
+    activation: Local = "laplace" if official["laplace_attn_fn"] else "relu2"
     attention = AttentionConfig(
-        kind=whole_row or "augmented",
+        kind=kind,
         local=activation if whole_row or official["local_"] else "none",
         grouped=bool(official["global_"]) and not whole_row,
         convolution=official["kernel"] // 2 + 1 if official["conv"] and not whole_row else 0,
@@ -90,10 +91,9 @@ def from_official(config: FlashConfig, theirs: Mapping[str, np.ndarray], kernel:
         ConfigError: names or shapes that do not fit `config`.
     """
     model = Flash(config, rngs=nnx.Rngs(0))
-    ignored = IGNORED
-    if not (config.attention.kind == "augmented" and config.attention.convolution):
-        # The official code makes the filter also where it never uses it.
-        ignored += ("dwconv.weight",)
+    has_filter = config.attention.kind == "augmented" and config.attention.convolution
+    # The official code makes the filter also where it never uses it.
+    ignored = IGNORED if has_filter else (*IGNORED, "dwconv.weight")
     load(model, name_table(config, kernel), theirs, config.depth, ignored)
     return model
 

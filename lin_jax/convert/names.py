@@ -55,8 +55,14 @@ def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict
     return result
 
 
-def load(model: nnx.Module, table: list[Entry], theirs: Mapping[str, np.ndarray], depth: int, ignore: tuple[str, ...]):
-    """Sets every parameter of `model` from the other code's arrays.
+def load(
+    model: nnx.Module,
+    table: list[Entry],
+    theirs: Mapping[str, np.ndarray],
+    depth: int,
+    ignore: tuple[str, ...],
+) -> None:
+    """Sets every parameter of `model` from the other code's arrays; where one does not fit, sets none.
 
     Args:
         model: changed in place.
@@ -66,23 +72,33 @@ def load(model: nnx.Module, table: list[Entry], theirs: Mapping[str, np.ndarray]
         ignore: ends of names that hold no parameters.
 
     Raises:
-        ConfigError: an array is missing, left over, or of another shape; names all of a kind in one line.
+        ConfigError: an array is missing, left over or of another shape, or the table leaves a parameter out.
     """
     wanted = {name for entry in table for name in _names(entry, depth)}
     missing = sorted(wanted - theirs.keys())
     require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
     unused = sorted(name for name in theirs.keys() - wanted if not name.endswith(ignore))
     require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
-    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    for entry in table:
-        arrays = [entry.to_ours(np.asarray(theirs[name])) for name in _names(entry, depth)]
-        array = np.stack(arrays) if "{layer}" in entry.theirs else arrays[0]
-        variable = variables.pop(entry.ours)
-        if array.shape != variable.shape:
-            raise ConfigError(f"{entry.theirs} gives shape {array.shape}, but the model's is {variable.shape}")
-        variables_value = array.astype(variable.dtype)
-        _assign(model, entry.ours, variables_value)
-    require(not variables, f"no entry of the table sets {', '.join(variables)}")
+    ours = parameters(model)
+    unset = sorted(ours.keys() - {entry.ours for entry in table})
+    require(not unset, f"no entry of the table sets {', '.join(unset)}")
+    arrays = {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours].shape) for entry in table}
+    for path, array in arrays.items():
+        _assign(model, path, array.astype(ours[path].dtype))
+
+
+def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Our array of one entry, all layers of it."""
+    arrays = []
+    for name in _names(entry, depth):
+        found, expected = np.asarray(theirs[name]), shape[1:] if "{layer}" in entry.theirs else shape
+        try:
+            arrays.append(entry.to_ours(found))
+        except ValueError:  # a reshape that cannot be
+            raise ConfigError(f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}") from None
+        if arrays[-1].shape != expected:
+            raise ConfigError(f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}")
+    return np.stack(arrays) if "{layer}" in entry.theirs else arrays[0]
 
 
 def _names(entry: Entry, depth: int) -> list[str]:

@@ -1,6 +1,6 @@
 """FLASH's gated attention unit: one wide value head, one narrow query/key head, a gate, and any kind of attention."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class GatedAttention(nnx.Module):
         if attention.kind == "augmented" and attention.convolution:
             taps = attention.convolution
             self.filter = parameter(uniform(rngs.params(), (taps, 1), taps), (None, None))
-        if attention.feature_map not in FEATURE_MAPS:
+        if attention.kind == "augmented" and attention.feature_map not in FEATURE_MAPS:
             rows = attention.feature_size // (2 if attention.feature_map == "fourier" else 1)
             self.projection = Constant(orthogonal_projection(rngs.params(), rows, D))
 
@@ -104,7 +104,7 @@ class GatedAttention(nnx.Module):
         conv_W1 = self.filter[...] if attention.convolution else None
         # Folded into the scores unless something comes in between.
         apart = attention.castling or rows.value_mask_BT is not None
-        y_BT1E = augmented_attention(
+        y = augmented_attention(
             q,
             k,
             v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E),
@@ -123,6 +123,7 @@ class GatedAttention(nnx.Module):
             segment_ids_BT=rows.segment_ids_BT,
             implementation=attention.implementation,
         )
+        y_BT1E = cast(Array, y)
         if attention.castling:
             y_BT1E = _castle(v_BT1E, y_BT1E)
         if apart and conv_W1 is not None:
@@ -139,7 +140,7 @@ class GatedAttention(nnx.Module):
         v_BT1E = v_BTE[:, :, None]
         if rows.value_mask_BT is not None:
             v_BT1E = v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E)
-        y_BT1E = augmented_attention(
+        y = augmented_attention(
             heads_BT2D[:, :, :1],
             heads_BT2D[:, :, 1:],
             v_BT1E,
@@ -152,7 +153,7 @@ class GatedAttention(nnx.Module):
             segment_ids_BT=rows.segment_ids_BT,
             implementation=attention.implementation,
         )
-        return y_BT1E[:, :, 0]
+        return cast(Array, y)[:, :, 0]
 
     def _bias(self, slots: int) -> Float[Array, "X 1"]:
         """sqrt(D) times the entry of each distance's bucket."""
@@ -170,10 +171,11 @@ def _per_token_count(rows: Rows) -> Float[Array, "B T"]:
     """1 / tokens in the sequence of each token; bidirectional grouped attention is a mean over it."""
     if rows.segment_ids_BT is None:
         return jnp.full(rows.position_BT.shape, 1 / rows.position_BT.shape[1], jnp.float32)
-    # The last position of a run, carried back over the run.
-    ends_BT = jnp.pad(rows.position_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
-    count_BT = jnp.where(ends_BT, rows.position_BT + 1, jnp.iinfo(jnp.int32).max)
-    return 1 / jax.lax.cummin(count_BT, axis=1, reverse=True).astype(jnp.float32)
+    T = rows.position_BT.shape[1]
+    index_T = jnp.arange(T, dtype=jnp.int32)[None]
+    is_last_BT = jnp.pad(rows.position_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+    last_BT = jax.lax.cummin(jnp.where(is_last_BT, index_T, T), axis=1, reverse=True)
+    return 1 / (rows.position_BT + 1 + last_BT - index_T).astype(jnp.float32)
 
 
 def _castle(v: Array, attended: Array) -> Array:

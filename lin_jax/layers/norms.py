@@ -1,5 +1,8 @@
 """Normalisation of the last axis, in float32."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,4 +42,4 @@ class LayerNorm(nnx.Module):
         return (normal * along_last(self.weight[...]) + along_last(self.bias[...])).astype(x.dtype)
 
 
-NORMS = {"scalenorm": lambda width: ScaleNorm(), "layernorm": LayerNorm}
+NORMS: dict[str, Callable[[int], Any]] = {"scalenorm": lambda width: ScaleNorm(), "layernorm": LayerNorm}

@@ -23,7 +23,9 @@ class Constant(nnx.Variable):
 
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
-    """Uniform in (-b, b) with b = fan_in ** -0.5: PyTorch's default for linear and convolution layers, and so the
-    released models' start."""
+    """Uniform in (-b, b) with b = fan_in ** -0.5.
+
+    It is PyTorch's default for linear and convolution layers, and so the released models' start.
+    """
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -35,7 +35,8 @@ class Flash(nnx.Module):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
         """
-        rows = place(segment_ids_BT, tokens_BT.shape, self.config.padding)
+        B, T = tokens_BT.shape
+        rows = place(segment_ids_BT, (B, T), self.config.padding)
         position_BTC = self.position_scale[...] * sinusoids(rows.position_BT, self.config.width)
         x_BTC = (self.embedding[...][tokens_BT] + position_BTC).astype(self.config.dtype)
         return self.norm(run_layers(self.layers, x_BTC, rows, remat=self.config.remat))

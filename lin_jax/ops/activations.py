@@ -26,7 +26,9 @@ def masked_softmax(score: Float[Array, "*axes S"], mask: Bool[Array, "*masks S"]
     return weight / jnp.where(total > 0, total, 1)
 
 
-def masked_activation(local: str, score: Float[Array, "*axes S"], mask: Bool[Array, "*masks S"]) -> Float[Array, "*axes S"]:
+def masked_activation(
+    local: str, score: Float[Array, "*axes S"], mask: Bool[Array, "*masks S"]
+) -> Float[Array, "*axes S"]:
     """The weights a(q, k) of the local branch: `local` is relu2, laplace or softmax; 0 where `mask` does not hold."""
     if local == "softmax":
         return masked_softmax(score, mask)

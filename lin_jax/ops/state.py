@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.feature_maps import FEATURE_MAPS
 from lin_jax.ops.layout import TokenLayout
@@ -71,15 +71,15 @@ class Context(NamedTuple):
     grouped_key_BUKP: Float[Array, "B U K P"] | None
     value_BUKE: Float[Array, "B U K E"]
     position_BU: Int[Array, "B U"]
-    folded_BU: Array
+    folded_BU: Bool[Array, "B U"]
 
 
-def _take(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Array) -> Array:
+def _take(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
     """x at the indices along axis 1, and 0 where not valid."""
-    clipped = jnp.clip(index_BU, 0, max(x_BT.shape[1] - 1, 0))
-    axes = (...,) + (None,) * (x_BT.ndim - 2)
     if x_BT.shape[1] == 0:
         return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
+    clipped = jnp.clip(index_BU, 0, x_BT.shape[1] - 1)
+    axes = (...,) + (None,) * (x_BT.ndim - 2)
     return jnp.where(valid_BU[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
 
 

@@ -1,3 +1,3 @@
-"""Augmented linear attention: `api.py` is the public function, `reference.py` the definition, the rest are its forms."""
+"""Augmented linear attention: `api.py` is the public function, `reference.py` the definition, `xla.py` fast."""
 
 from lin_jax.ops.augmented_attention.api import augmented_attention as augmented_attention

@@ -108,13 +108,14 @@ def augmented_attention(
         grouped=grouped,
         feature_map=feature_map,
         alpha_H=jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (H,)),
-        conv_WH=_per_head(conv_WH, H) if taps else None,
+        conv_WH=None if conv_WH is None or taps == 0 else _per_head(conv_WH, H),
         causal=causal,
         group_size=group_size,
         local_groups=local_groups,
         segment_ids_BT=jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT,
         initial_state=empty if initial_state is None else initial_state,
         aligned=segment_ids_BT is None and initial_state is None,
+        fresh=initial_state is None,
     )
     if T == 0:
         y_BTHE = jnp.zeros((B, 0, H, v_BTKE.shape[-1]), v_BTKE.dtype)
@@ -140,7 +141,9 @@ def _per_head(x: Float[Array, "rows #H"], heads: int) -> Float[Array, "rows H"]:
     return jnp.broadcast_to(x.astype(jnp.float32), (x.shape[0], heads))
 
 
-def _check_options(local: str, feature_map: str, group_size: int, local_groups: int, implementation: str | None):
+def _check_options(
+    local: str, feature_map: str, group_size: int, local_groups: int, implementation: str | None
+) -> None:
     if local not in get_args(Local):
         raise ValueError(f"local must be one of {', '.join(get_args(Local))}, but is {local!r}")
     if feature_map not in FEATURE_MAPS:
@@ -151,25 +154,27 @@ def _check_options(local: str, feature_map: str, group_size: int, local_groups: 
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but is {implementation!r}")
 
 
-def _check_shapes(q: Array, k: Array, v: Array, grouped_q: Array | None, grouped_k: Array | None):
+def _check_shapes(q: Array, k: Array, v: Array, grouped_q: Array | None, grouped_k: Array | None) -> None:
     H, K = q.shape[2], k.shape[2]
     if K == 0 or H % K:
         raise ValueError(f"{H} query heads are not divisible by {K} key/value heads")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    if (grouped_q is None) != (grouped_k is None):
+    if grouped_q is None and grouped_k is None:
+        return
+    if grouped_q is None or grouped_k is None:
         raise ValueError("grouped_q_BTHP and grouped_k_BTKP must be given together")
-    if grouped_q is not None and (grouped_q.shape[:3] != q.shape[:3] or grouped_k.shape[:3] != k.shape[:3]):
+    if grouped_q.shape[:3] != q.shape[:3] or grouped_k.shape[:3] != k.shape[:3]:
         raise ValueError(f"shapes do not fit: grouped q {grouped_q.shape}, k {grouped_k.shape}, local q {q.shape}")
 
 
-def _check_bias(bias_XH: Array | None, slots: int, causal: bool):
+def _check_bias(bias_XH: Array | None, slots: int, causal: bool) -> None:
     rows = slots if causal else 2 * slots - 1
     if bias_XH is not None and bias_XH.shape[0] != rows:
         raise ValueError(f"bias_XH needs {rows} rows, one a distance in the local window, but has {bias_XH.shape[0]}")
 
 
-def _check_state(state: AttentionState, empty: AttentionState):
+def _check_state(state: AttentionState, empty: AttentionState) -> None:
     for name, expected in vars(empty).items():
         found = getattr(state, name)
         shape = None if found is None else found.shape

@@ -15,6 +15,7 @@ class Inputs:
         aligned: whether every row is one sequence that starts with its first token, so that groups lie alike in all
             rows: neither segment ids nor an initial state were given. `segment_ids_BT` and `initial_state` then hold
             ones and the empty state.
+        fresh: whether no initial state was given; `initial_state` then holds the empty one.
         alpha_H: float32 weight of the grouped branch a query head.
         bias_XH, conv_WH: float32, broadcast to all query heads.
     """
@@ -37,3 +38,4 @@ class Inputs:
     segment_ids_BT: Int[Array, "B T"]
     initial_state: AttentionState
     aligned: bool
+    fresh: bool

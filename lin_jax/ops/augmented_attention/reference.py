@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 from lin_jax.ops.activations import masked_activation
 from lin_jax.ops.augmented_attention.inputs import Inputs
 from lin_jax.ops.feature_maps import FEATURE_MAPS
-from lin_jax.ops.layout import token_layout
-from lin_jax.ops.state import context_tokens
+from lin_jax.ops.layout import TokenLayout, token_layout
+from lin_jax.ops.state import Context, context_tokens
 
 
 def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
@@ -16,18 +16,27 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
 
     This is the definition that every other implementation is compared with; it takes time and memory T * T.
     """
-    one_row = lambda *row: _attend_row(inputs, *row)  # noqa: E731
     initial = inputs.initial_state
     layout = token_layout(inputs.segment_ids_BT, initial.length_B)
     context = context_tokens(initial, inputs.group_size, inputs.local_groups)
-    grouped = (inputs.grouped_q_BTHP, inputs.grouped_k_BTKP)
-    y_BTHE = jax.vmap(one_row)(
-        inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, grouped, layout, context, initial.state_BKPE
-    )
+    own_q, own_k = inputs.grouped_q_BTHP, inputs.grouped_k_BTKP
+    grouped = None if own_q is None or own_k is None else (own_q, own_k)
+    rows = (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, grouped, layout, context, initial.state_BKPE)
+    y_BTHE = jax.vmap(lambda *row: _attend_row(inputs, *row))(*rows)
     return y_BTHE.astype(inputs.v_BTKE.dtype)
 
 
-def _attend_row(inputs: Inputs, q_THD, k_TKD, v_TKE, grouped, layout, context, state_KPE) -> Float[Array, "T H E"]:
+def _attend_row(
+    inputs: Inputs,
+    q_THD: Array,
+    k_TKD: Array,
+    v_TKE: Array,
+    grouped: tuple[Array, Array] | None,
+    layout: TokenLayout,
+    context: Context,
+    state_KPE: Array,
+) -> Float[Array, "T H E"]:
+    """One row; the fields of `layout` and `context` come without their axis B."""
     H, K, G, R = q_THD.shape[1], k_TKD.shape[1], inputs.group_size, inputs.local_groups
     float32 = lambda x: x.astype(jnp.float32)  # noqa: E731
     per_query_head = lambda x: jnp.repeat(float32(x), H // K, axis=1)  # noqa: E731
@@ -37,7 +46,7 @@ def _attend_row(inputs: Inputs, q_THD, k_TKD, v_TKE, grouped, layout, context, s
     v_AHE = per_query_head(jnp.concatenate([context.value_BUKE, v_TKE]))
     q_THD = float32(q_THD)
     grouped_q_THP, grouped_k_AHP = q_THD, k_AHD
-    if grouped[0] is not None:
+    if grouped is not None:
         grouped_q_THP = float32(grouped[0])
         grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BUKP, grouped[1]]))
     phi = FEATURE_MAPS[inputs.feature_map]
