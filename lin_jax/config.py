@@ -6,6 +6,7 @@ fields when it is made, so that a wrong value is refused before anything is read
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 
@@ -18,7 +19,7 @@ def setting(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
-def section(default: type, doc: str) -> Any:
+def section(default: Callable[[], Any], doc: str) -> Any:
     """A dataclass field that is itself a group of settings."""
     return dataclasses.field(default_factory=default, metadata={"doc": doc})
 
@@ -41,7 +42,7 @@ def _require_at_least_zero(config: Any, *names: str) -> None:
         require(value >= 0, f"{name} must be 0 or more, but is {value}")
 
 
-Kind = Literal["augmented", "quadratic", "softmax"]
+Kind = Literal["augmented", "quadratic", "softmax", "longlora"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
 Implementation = Literal["xla", "reference"]
 FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
@@ -54,7 +55,8 @@ class AttentionConfig:
     kind: Kind = setting(
         "augmented",
         "augmented: local groups + grouped linear + convolution; quadratic: the local activation over the whole "
-        "row; softmax: softmax attention over the whole row",
+        "row (FLASH only); softmax: softmax attention over the whole row; longlora: softmax attention inside groups, "
+        "which half of the heads see shifted by half a group (not FLASH)",
     )
     local: Local = setting("relu2", "activation of the scores inside the local window; none turns the branch off")
     grouped: bool = setting(True, "linear attention to the groups before the local window")
@@ -66,9 +68,32 @@ class AttentionConfig:
     group_size: int = setting(256, "tokens G in a group")
     local_groups: int = setting(1, "groups R in the local window; 1 is the paper's")
     implementation: Implementation | None = setting(None, "which form computes it; None chooses by device and shape")
+    softmax_layers: tuple[int, ...] = setting((), "layers, counted from 0, that keep softmax attention (not FLASH)")
+    grouped_weight: Literal["learned", "one"] = setting(
+        "learned",
+        "weight of the grouped branch outside FLASH: learned is one number a layer that starts at 0; one is the "
+        "official benchmark's",
+    )
+    local_weight: Literal["one", "learned"] = setting(
+        "one", "weight of the local branch outside FLASH; learned is one number a layer that starts at 1"
+    )
+    normalise_grouped: bool = setting(
+        False, "divide each head's grouped output by its norm, as the official NORM_GLOBAL does (not FLASH)"
+    )
+    longlora_split: int = setting(4, "kind=longlora: groups in a row")
+    longlora_shift: Literal["causal", "released"] = setting(
+        "causal",
+        "kind=longlora: causal: the first half group of shifted heads sees only itself; released: the official code, "
+        "in which it wraps around to the end of the row and sees the future",
+    )
 
     def __post_init__(self):
-        _require_positive(self, "group_size", "local_groups", "feature_size")
+        _require_positive(self, "group_size", "local_groups", "feature_size", "longlora_split")
+        repeated = len(set(self.softmax_layers)) < len(self.softmax_layers)
+        require(
+            not repeated and all(layer >= 0 for layer in self.softmax_layers),
+            f"softmax_layers must be different layers from 0 on, but is {self.softmax_layers}",
+        )
         _require_at_least_zero(self, "convolution")
         if self.kind == "augmented":
             on = self.local != "none" or self.grouped or self.convolution > 0
@@ -92,6 +117,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "local_convolution": {"kind": "augmented", "grouped": False},
     "augmented": {"kind": "augmented"},
     "softmax": {"kind": "softmax", "convolution": 0},
+    "longlora": {"kind": "longlora", "convolution": 0},
     "quadratic": {"kind": "quadratic", "convolution": 0},
 }
 
@@ -110,6 +136,7 @@ def ablate(attention: AttentionConfig, name: str) -> AttentionConfig:
 class FlashConfig:
     """A FLASH language model: gated attention units, no separate feed-forward layers."""
 
+    architecture: Literal["flash"] = setting("flash", "which model these settings are of")
     vocabulary_size: int = setting(50257, "tokens V that the model knows")
     width: int = setting(768, "model width C")
     depth: int = setting(24, "layers L")
@@ -155,11 +182,139 @@ class FlashConfig:
         )
         value_size = self.width * self.expansion
         require(value_size == int(value_size), f"width * expansion must be whole, but is {value_size}")
+        _refuse_transformer_attention(self.attention)
 
     @property
     def value_size(self) -> int:
         """Value size E."""
         return int(self.width * self.expansion)
+
+
+def _refuse_transformer_attention(attention: AttentionConfig) -> None:
+    """Raise `ConfigError` for what FLASH's attention does not have."""
+    plain = AttentionConfig()
+    for name in ("softmax_layers", "grouped_weight", "local_weight", "normalise_grouped"):
+        value = getattr(attention, name)
+        require(value == getattr(plain, name), f"attention.{name}={value} is not for FLASH, which has no such choice")
+    require(attention.kind != "longlora", "attention.kind=longlora is not for FLASH")
+
+
+def _check_transformer_attention(attention: AttentionConfig, depth: int) -> None:
+    """Raise `ConfigError` for what the attention of LLaMA and GPT-2 does not have."""
+    require(
+        attention.kind != "quadratic",
+        "attention.kind=quadratic is FLASH's; use augmented, softmax or longlora",
+    )
+    require(attention.causal, "attention.causal=false is not for models that predict the next token")
+    require(
+        attention.feature_map not in ("favor", "fourier"),
+        f"attention.feature_map={attention.feature_map} is FLASH's; use identity, unit, relu or elu1",
+    )
+    require(
+        all(layer < depth for layer in attention.softmax_layers),
+        f"attention.softmax_layers={attention.softmax_layers} names a layer that depth={depth} does not have",
+    )
+
+
+_DTYPE_DOC = "type of activations; parameters are always float32"
+_REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products"
+
+
+def _paper_attention() -> AttentionConfig:
+    """The paper's attention of LLaMA and GPT-2."""
+    return AttentionConfig(group_size=64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions and their scaling, with the meaning that Hugging Face gives to each."""
+
+    theta: float = setting(10000.0, "base of the wavelengths")
+    scaling: Literal["default", "linear", "dynamic", "llama3"] = setting(
+        "default",
+        "how positions beyond those of pretraining are reached: default: not; linear: positions are divided by "
+        "factor; dynamic: theta grows with a sequence longer than `positions`; llama3: long wavelengths are divided",
+    )
+    factor: float = setting(1.0, "how much longer; all but default")
+    low_frequency_factor: float = setting(1.0, "scaling=llama3: wavelengths above original_positions / this are scaled")
+    high_frequency_factor: float = setting(4.0, "scaling=llama3: wavelengths below original_positions / this are kept")
+    original_positions: int = setting(8192, "scaling=llama3: positions of pretraining")
+
+    def __post_init__(self):
+        _require_positive(self, "theta", "low_frequency_factor", "original_positions")
+        require(self.factor >= 1, f"factor must be 1 or more, but is {self.factor}")
+        require(
+            self.high_frequency_factor > self.low_frequency_factor,
+            f"high_frequency_factor must exceed low_frequency_factor={self.low_frequency_factor}, "
+            f"but is {self.high_frequency_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A LLaMA 1, 2 or 3, with its softmax attention or a linearized one; the defaults are LLaMA-2-7B's."""
+
+    architecture: Literal["llama"] = setting("llama", "which model these settings are of")
+    vocabulary_size: int = setting(32000, "tokens V that the model knows")
+    width: int = setting(4096, "model width C")
+    depth: int = setting(32, "layers L")
+    heads: int = setting(32, "query heads H")
+    key_value_heads: int = setting(32, "key/value heads K, a divisor of heads")
+    head_size: int = setting(128, "query/key and value size D of a head")
+    feed_forward_size: int = setting(11008, "feed-forward width F")
+    positions: int = setting(4096, "tokens in the longest sequence of pretraining; only rope.scaling=dynamic reads it")
+    norm_epsilon: float = setting(1e-5, "added to the mean square in norms")
+    rope: RopeConfig = section(RopeConfig, "rotary positions")
+    attention_bias: bool = setting(False, "biases in the attention's four projections")
+    feed_forward_bias: bool = setting(False, "biases in the feed-forward layer's projections")
+    tie_embeddings: bool = setting(False, "the head shares the embedding's matrix")
+    attention: AttentionConfig = section(_paper_attention, "the attention of every layer")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", _DTYPE_DOC)
+    remat: Literal["none", "full", "dots"] = setting("none", _REMAT_DOC)
+
+    def __post_init__(self):
+        _require_positive(self, "vocabulary_size", "width", "depth", "heads", "key_value_heads", "head_size")
+        _require_positive(self, "feed_forward_size", "positions", "norm_epsilon")
+        require(
+            self.heads % self.key_value_heads == 0,
+            f"heads={self.heads} is not divisible by key_value_heads={self.key_value_heads}",
+        )
+        require(self.head_size % 2 == 0, f"head_size must be even (rotated pairs), but is {self.head_size}")
+        _check_transformer_attention(self.attention, self.depth)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpt2Config:
+    """A GPT-2, with its softmax attention or a linearized one; the defaults are those of the 124M model."""
+
+    architecture: Literal["gpt2"] = setting("gpt2", "which model these settings are of")
+    vocabulary_size: int = setting(50257, "tokens V that the model knows")
+    width: int = setting(768, "model width C, a multiple of heads")
+    depth: int = setting(12, "layers L")
+    heads: int = setting(12, "heads H")
+    feed_forward_size: int = setting(3072, "feed-forward width F")
+    positions: int = setting(1024, "learned positions, and so tokens in the longest row")
+    norm_epsilon: float = setting(1e-5, "added to the variance in norms")
+    labels: int = setting(0, "classes of a sequence-classification head; 0: the model has none")
+    attention: AttentionConfig = section(_paper_attention, "the attention of every layer")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", _DTYPE_DOC)
+    remat: Literal["none", "full", "dots"] = setting("none", _REMAT_DOC)
+
+    def __post_init__(self):
+        _require_positive(self, "vocabulary_size", "width", "depth", "heads", "feed_forward_size", "positions")
+        _require_positive(self, "norm_epsilon")
+        _require_at_least_zero(self, "labels")
+        require(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
+        _check_transformer_attention(self.attention, self.depth)
+
+    @property
+    def head_size(self) -> int:
+        """Query/key and value size D of a head."""
+        return self.width // self.heads
+
+
+TransformerConfig = LlamaConfig | Gpt2Config
+ModelConfig = FlashConfig | LlamaConfig | Gpt2Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,7 +444,7 @@ class Config:
     """An experiment: everything that `train.py` needs to know."""
 
     workdir: str = setting("runs/experiment", "directory of checkpoints, metrics, pictures; a rerun resumes from it")
-    model: FlashConfig = section(FlashConfig, "the model")
+    model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the training loop")
@@ -300,12 +455,19 @@ class Config:
 
     def __post_init__(self):
         require(
-            self.data.packing != "segments" or self.model.padding == "exact",
+            self.data.packing != "segments"
+            or not isinstance(self.model, FlashConfig)
+            or self.model.padding == "exact",
             "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
         )
         require(
             self.data.batch_size % self.train.microbatches == 0,
             f"data.batch_size={self.data.batch_size} is not divisible by train.microbatches={self.train.microbatches}",
+        )
+        require(
+            not isinstance(self.model, Gpt2Config) or self.data.sequence_length <= self.model.positions,
+            f"data.sequence_length={self.data.sequence_length} is more than the model's "
+            f"positions={getattr(self.model, 'positions', None)}",
         )
         require(
             self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",

@@ -19,10 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lin_jax.config import ABLATIONS, AttentionConfig, Config, ConfigError, require
+from lin_jax.config import ABLATIONS, AttentionConfig, Config, ConfigError, Gpt2Config, LlamaConfig, require
 
 # Sections that can be set by a name as a whole: --config.model.attention=local_grouped.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {AttentionConfig: ABLATIONS}
+
+# What a file may put in the place of the default model.
+OTHER_MODELS = (LlamaConfig(), Gpt2Config())
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -61,7 +64,7 @@ def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "c
     fields = {}
     for key, value in values.items():
         require(key in annotations, f"unknown field {name}.{key}{_nearest(key, annotations)}")
-        annotation = annotations[key]
+        annotation = _section_type(annotations[key], value)
         if dataclasses.is_dataclass(annotation):
             fields[key] = config_from_dict(value, typing.cast(type, annotation), f"{name}.{key}")
         else:
@@ -69,11 +72,24 @@ def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "c
     return _build(lambda: kind(**fields), kind, name)
 
 
+def _section_type(annotation: Any, value: Any) -> Any:
+    """The member of a union of sections that `value` was made from, by its `architecture`; without one, the first."""
+    members = [member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member)]
+    if not members:
+        return annotation
+    named = {typing.cast(Any, member)().architecture: member for member in members}
+    name = value.get("architecture", next(iter(named)))
+    require(name in named, f"unknown architecture {name!r}; there are {', '.join(named)}")
+    return named[name]
+
+
 def config_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--config`, whose `--help` lists every setting; its errors are raised as `ConfigError`."""
     parser = _Parser(
         description=description,
-        epilog="settings, with their defaults before the file is read:\n\n" + describe(Config()),
+        epilog="settings, with their defaults before the file is read:\n\n"
+        + describe(Config())
+        + "".join(f"\n\nor, for {m.architecture}:\n\n{describe(m, 'config.model')}" for m in OTHER_MODELS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

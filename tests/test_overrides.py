@@ -4,7 +4,18 @@ import itertools
 
 import pytest
 
-from lin_jax.config import ABLATIONS, AttentionConfig, Config, ConfigError, DataConfig, ablate
+from lin_jax.config import (
+    ABLATIONS,
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    FlashConfig,
+    Gpt2Config,
+    LlamaConfig,
+    RopeConfig,
+    ablate,
+)
 from lin_jax.overrides import (
     apply_overrides,
     config_from_dict,
@@ -100,8 +111,10 @@ def test_order_does_not_matter():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablation_by_one_override(name):
-    changed = apply_overrides(Config(), [f"--config.model.attention={name}"])
-    assert changed.model.attention == ablate(AttentionConfig(), name)
+    # FLASH has every kind but one, which the others have.
+    config = Config(model=LlamaConfig()) if name == "longlora" else Config()
+    changed = apply_overrides(config, [f"--config.model.attention={name}"])
+    assert changed.model.attention == ablate(config.model.attention, name)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,57 @@ def test_dictionary_round_trip_and_unknown_key():
     assert config_from_dict(config_to_dict(config)) == config
     with pytest.raises(ConfigError, match=r"config\.data\.pathh; did you mean path"):
         config_from_dict({"data": {"pathh": []}})
+
+
+@pytest.mark.parametrize("model", [FlashConfig(), LlamaConfig(depth=3), Gpt2Config(labels=2)])
+def test_the_type_of_the_model_survives(model):
+    config = Config(model=model)
+    assert config_from_dict(config_to_dict(config)) == config
+    changed = apply_overrides(config, ["--config.model.width=96"])
+    assert type(changed.model) is type(model) and changed.model.width == 96
+
+
+def test_settings_without_an_architecture_are_flash():
+    values = config_to_dict(Config())
+    del values["model"]["architecture"]
+    assert config_from_dict(values) == Config()
+    with pytest.raises(ConfigError, match="unknown architecture 'rnn'"):
+        config_from_dict({"model": {"architecture": "rnn"}})
+
+
+ATTENTION = {
+    "kind=quadratic": AttentionConfig(kind="quadratic"),
+    "causal=false": AttentionConfig(causal=False),
+    "feature_map=favor": AttentionConfig(feature_map="favor"),
+    "a layer that depth=2 does not have": AttentionConfig(softmax_layers=(0, 2)),
+}
+
+
+@pytest.mark.parametrize("message", ATTENTION)
+@pytest.mark.parametrize("kind", [LlamaConfig, Gpt2Config])
+def test_attention_that_a_transformer_does_not_have(kind, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(depth=2, attention=ATTENTION[message])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LlamaConfig(heads=8, key_value_heads=3), "heads=8 is not divisible by key_value_heads=3"),
+        (lambda: LlamaConfig(head_size=7), "head_size must be even"),
+        (lambda: Gpt2Config(width=50, heads=4), "width=50 is not divisible by heads=4"),
+        (lambda: Gpt2Config(labels=-1), "labels must be 0 or more"),
+        (lambda: RopeConfig(factor=0.5), "factor must be 1 or more"),
+        (lambda: AttentionConfig(softmax_layers=(1, 1)), "different layers"),
+        (lambda: AttentionConfig(softmax_layers=(-1,)), "different layers"),
+        (lambda: FlashConfig(attention=AttentionConfig(kind="longlora")), "not for FLASH"),
+        (lambda: FlashConfig(attention=AttentionConfig(softmax_layers=(0,))), "softmax_layers=.* not for FLASH"),
+        (lambda: Config(model=Gpt2Config(positions=64)), "sequence_length=1024 is more than the model's positions=64"),
+    ],
+)
+def test_wrong_models_are_named(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_help_names_every_setting():

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from lin_jax.config import AttentionConfig, FlashConfig, Kind, Local
-from lin_jax.convert.names import Entry, load, parameters, to_theirs, transposed
+from lin_jax.convert.names import Entry, centred_filter, load, parameters, scalar, to_theirs, transposed
 from lin_jax.models.flash import Flash
 
 # Computed from the config, in the official code as in ours.
@@ -17,11 +17,10 @@ IGNORED = ("inv_freq", "rotary_pos_emb.freqs")
 
 def name_table(config: FlashConfig, kernel: int) -> list[Entry]:
     """One entry a parameter. `kernel` is the official filter's taps, of which the first kernel // 2 + 1 are used."""
-    scalar = {"to_ours": lambda x: x.reshape(()), "to_theirs": lambda x: x.reshape(1)}
     layer = "layers.{layer}."
     table = [
         Entry("token_emb.weight", "embedding"),
-        Entry("abs_pos_emb.scale", "position_scale", **scalar),
+        scalar("abs_pos_emb.scale", "position_scale"),
         Entry(layer + "rel_pos_bias.relative_attention_bias.weight", "layers.bias"),
         transposed(layer + "to_hidden.0.weight", "layers.hidden.kernel"),
         Entry(layer + "to_hidden.0.bias", "layers.hidden.bias"),
@@ -37,23 +36,13 @@ def name_table(config: FlashConfig, kernel: int) -> list[Entry]:
         Entry("to_logits.1.bias", "logits.bias"),
     ]
     if config.norm == "scalenorm":
-        table.append(Entry(layer + "norm.g", "layers.norm.scale", **scalar))
+        table.append(scalar(layer + "norm.g", "layers.norm.scale"))
     else:
         table.append(Entry(layer + "norm.weight", "layers.norm.weight"))
         table.append(Entry(layer + "norm.bias", "layers.norm.bias"))
     if config.attention.kind == "augmented" and config.attention.convolution:
-        table.append(_filter_entry(layer + "dwconv.weight", kernel))
+        table.append(centred_filter(layer + "dwconv.weight", "layers.filter", kernel // 2 + 1))
     return table
-
-
-def _filter_entry(theirs: str, kernel: int) -> Entry:
-    """Their centred filter [1, 1, kernel, 1] and our causal one [W, 1]: our tap j is their tap kernel // 2 - j."""
-    taps = kernel // 2 + 1
-
-    def to_theirs(ours: np.ndarray) -> np.ndarray:
-        return np.pad(ours[::-1], ((0, kernel - taps), (0, 0))).reshape(1, 1, kernel, 1)
-
-    return Entry(theirs, "layers.filter", lambda x: x.reshape(kernel, 1)[:taps][::-1], to_theirs)
 
 
 def config_from_official(official: Mapping[str, Any]) -> FlashConfig:

@@ -1,8 +1,12 @@
 """Tables of names between another code's parameters and ours, with transformations that can be undone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -36,6 +40,24 @@ def transposed(theirs: str, ours: str) -> Entry:
     return Entry(theirs, ours, np.transpose, np.transpose)
 
 
+def centred_filter(theirs: str, ours: str, taps: int) -> Entry:
+    """Their centred filter [H, 1, 2 W - 1, 1], of which only the first W taps act, and our causal one [W, H].
+
+    Our tap j, which multiplies the value j tokens back, is their tap W - 1 - j.
+    """
+    kernel = 2 * taps - 1
+
+    def to_theirs(ours: np.ndarray) -> np.ndarray:
+        return np.pad(ours[::-1], ((0, kernel - taps), (0, 0))).T[:, None, :, None]
+
+    return Entry(theirs, ours, lambda x: x.reshape(-1, kernel)[:, :taps][:, ::-1].T, to_theirs)
+
+
+def scalar(theirs: str, ours: str) -> Entry:
+    """Their one number, of shape [1], ours of shape []."""
+    return Entry(theirs, ours, lambda x: x.reshape(()), lambda x: x.reshape(1))
+
+
 def parameters(model: nnx.Module) -> dict[str, Array]:
     """The trainable arrays of a model by path, joined by dots."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -44,15 +66,17 @@ def parameters(model: nnx.Module) -> dict[str, Array]:
 
 def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:
     """Our arrays (parameters, or gradients of the same paths) under the other code's names."""
-    result = {}
+    return dict(each_of_theirs(table, ours, depth))
+
+
+def each_of_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> Iterator[tuple[str, np.ndarray]]:
+    """`to_theirs`, one layer's array at a time."""
     for entry in table:
-        array = np.asarray(ours[entry.ours])
         if "{layer}" not in entry.theirs:
-            result[entry.theirs] = entry.to_theirs(array)
+            yield entry.theirs, entry.to_theirs(np.asarray(ours[entry.ours]))
             continue
         for layer in range(depth):
-            result[entry.theirs.format(layer=layer)] = entry.to_theirs(array[layer])
-    return result
+            yield entry.theirs.format(layer=layer), entry.to_theirs(np.asarray(ours[entry.ours][layer]))
 
 
 def load(
@@ -74,31 +98,71 @@ def load(
     Raises:
         ConfigError: an array is missing, left over or of another shape, or the table leaves a parameter out.
     """
-    wanted = {name for entry in table for name in _names(entry, depth)}
-    missing = sorted(wanted - theirs.keys())
-    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
-    unused = sorted(name for name in theirs.keys() - wanted if not name.endswith(ignore))
-    require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
     ours = parameters(model)
-    unset = sorted(ours.keys() - {entry.ours for entry in table})
+    for path, array in read(ours, table, theirs, depth, ignore).items():
+        _assign(model, path, array)
+
+
+def read(
+    ours: Mapping[str, Any],
+    table: list[Entry],
+    theirs: Mapping[str, np.ndarray],
+    depth: int,
+    ignore: tuple[str, ...],
+) -> dict[str, Array]:
+    """Our arrays of the other code's, which are asked for one at a time.
+
+    Args:
+        ours: an array, or its shape and type, for every parameter of the model.
+        table: one entry for each of them.
+        theirs: the other code's arrays by name; may read them from a file when they are asked for.
+        depth: layers.
+        ignore: ends of names that hold no parameters.
+
+    Raises:
+        ConfigError: an array is missing, left over or of another shape, or the table leaves a parameter out.
+    """
+    _check_names(ours.keys(), table, theirs.keys(), depth, ignore)
+    return {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours]) for entry in table}
+
+
+def _check_names(
+    ours: Collection[str], table: list[Entry], theirs: Collection[str], depth: int, ignore: tuple[str, ...]
+) -> None:
+    wanted = {name for entry in table for name in _names(entry, depth)}
+    missing = sorted(wanted - set(theirs))
+    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
+    unused = sorted(name for name in set(theirs) - wanted if not name.endswith(ignore))
+    require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
+    unset = sorted(set(ours) - {entry.ours for entry in table})
     require(not unset, f"no entry of the table sets {', '.join(unset)}")
-    arrays = {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours].shape) for entry in table}
-    for path, array in arrays.items():
-        _assign(model, path, array.astype(ours[path].dtype))
 
 
-def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Our array of one entry, all layers of it."""
-    arrays = []
-    for name in _names(entry, depth):
-        found, expected = np.asarray(theirs[name]), shape[1:] if "{layer}" in entry.theirs else shape
-        try:
-            arrays.append(entry.to_ours(found))
-        except ValueError:  # a reshape that cannot be
-            raise ConfigError(f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}") from None
-        if arrays[-1].shape != expected:
-            raise ConfigError(f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}")
-    return np.stack(arrays) if "{layer}" in entry.theirs else arrays[0]
+def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, like: Any) -> Array:
+    """Our array of one entry; stacked layers are written into their place one after another."""
+    if "{layer}" not in entry.theirs:
+        return jnp.asarray(_fitting(entry, entry.theirs, theirs, like.shape), like.dtype)
+    stack = jnp.zeros(like.shape, like.dtype)
+    for layer, name in enumerate(_names(entry, depth)):
+        stack = _set_layer(stack, _fitting(entry, name, theirs, like.shape[1:]).astype(like.dtype), layer)
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: Array, array: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+
+
+def _fitting(entry: Entry, name: str, theirs: Mapping[str, np.ndarray], expected: tuple[int, ...]) -> np.ndarray:
+    """Their array `name` as ours; raises `ConfigError` unless it has the expected shape."""
+    found = np.asarray(theirs[name])
+    problem = f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}"
+    try:
+        array = entry.to_ours(found)
+    except ValueError:  # a reshape that cannot be
+        raise ConfigError(problem) from None
+    require(array.shape == expected, problem)
+    return array
 
 
 def _names(entry: Entry, depth: int) -> list[str]:
@@ -111,8 +175,8 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 5} more" if len(names) > 5 else ""
 
 
-def _assign(model: nnx.Module, path: str, value: np.ndarray) -> None:
-    target = model
+def _assign(model: nnx.Module, path: str, value: Array) -> None:
+    target: Any = model
     for name in path.split("."):
         target = getattr(target, name)
     target[...] = value

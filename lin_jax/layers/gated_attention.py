@@ -14,6 +14,7 @@ from lin_jax.layers.norms import NORMS
 from lin_jax.layers.parameter import Constant, parameter, uniform
 from lin_jax.layers.positions import bias_buckets, rotate, token_shift
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.castling import castle
 from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
 from lin_jax.ops.layout import token_layout
@@ -125,7 +126,7 @@ class GatedAttention(nnx.Module):
         )
         y_BT1E = cast(Array, y)
         if attention.castling:
-            y_BT1E = _castle(v_BT1E, y_BT1E)
+            y_BT1E = castle(v_BT1E, y_BT1E)
         if apart and conv_W1 is not None:
             y_BT1E += causal_conv(v_BT1E, conv_W1, rows.segment_ids_BT)
         return y_BT1E[:, :, 0]
@@ -176,10 +177,3 @@ def _per_token_count(rows: Rows) -> Float[Array, "B T"]:
     is_last_BT = jnp.pad(rows.position_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
     last_BT = jax.lax.cummin(jnp.where(is_last_BT, index_T, T), axis=1, reverse=True)
     return 1 / (rows.position_BT + 1 + last_BT - index_T).astype(jnp.float32)
-
-
-def _castle(v: Array, attended: Array) -> Array:
-    """Castling-ViT's sum v / 2 + attention / pi, normalised over the value channels (You et al., 2023)."""
-    mixed = v.astype(jnp.float32) / 2 + attended.astype(jnp.float32) / jnp.pi
-    square = jnp.sum(jnp.square(mixed), axis=-1, keepdims=True)
-    return (mixed * jax.lax.rsqrt(jnp.maximum(square, 1e-12))).astype(v.dtype)

@@ -25,10 +25,26 @@ class ScaleNorm(nnx.Module):
         return (x * (inverse * self.scale[...])).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation with weight and bias, epsilon 1e-5."""
+class RMSNorm(nnx.Module):
+    """w x / sqrt(mean(x^2) + epsilon) (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, epsilon: float):
+        self.epsilon = epsilon
+        self.weight = parameter(jnp.ones(width), ("width",))
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Normalises the last axis."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        weight = self.weight.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * weight).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with weight and bias."""
+
+    def __init__(self, width: int, epsilon: float = 1e-5):
+        self.epsilon = epsilon
         self.weight = parameter(jnp.ones(width), ("width",))
         self.bias = parameter(jnp.zeros(width), ("width",))
 
@@ -38,7 +54,7 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         along_last = lambda p: p.reshape((1,) * (x.ndim - 1) + (-1,))  # noqa: E731
-        normal = centred * jax.lax.rsqrt(variance + 1e-5)
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
         return (normal * along_last(self.weight[...]) + along_last(self.bias[...])).astype(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Many equal layers as one: parameters stacked along a leading axis, run by a scan, so that depth compiles once."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,8 +22,10 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) 
     return nnx.split_rngs(splits=depth)(create)(rngs)
 
 
-def run_layers(layers: nnx.Module, x: Array, *shared: Any, remat: str = "none") -> Array:
-    """x through all layers in turn, each called as `layer(x, *shared)`.
+def run_layers(
+    layers: nnx.Module, x: Array, *shared: Any, remat: str = "none", kinds: Sequence[str] | None = None
+) -> Array:
+    """x through all layers in turn, each called as `layer(x, *shared)`, or `layer(x, *shared, kind)` with `kinds`.
 
     Args:
         layers: from `stack_layers`.
@@ -30,12 +33,25 @@ def run_layers(layers: nnx.Module, x: Array, *shared: Any, remat: str = "none") 
         shared: further arguments, the same for all layers.
         remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but its products with
             parameters).
+        kinds: a kind for each layer. Neighbours of one kind run as one scan.
     """
     graph, arrays = nnx.split(layers)
 
-    def step(x, layer_arrays, shared):
-        return nnx.merge(graph, layer_arrays)(x, *shared)
+    def step(x, layer_arrays, shared, static):
+        return nnx.merge(graph, layer_arrays)(x, *shared, *static)
 
     if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(lambda x, layer_arrays: (step(x, layer_arrays, shared), None), x, arrays)[0]
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], static_argnums=3)
+
+    def scan(x, arrays, static):
+        return jax.lax.scan(lambda x, layer_arrays: (step(x, layer_arrays, shared, static), None), x, arrays)[0]
+
+    if kinds is None:
+        return scan(x, arrays, ())
+    start = 0
+    for kind, run in itertools.groupby(kinds):
+        stop = start + len(list(run))
+        # A slice copies its layers' parameters; the common case of one kind needs none.
+        part = arrays if stop - start == len(kinds) else jax.tree.map(lambda a, i=start, j=stop: a[i:j], arrays)
+        x, start = scan(x, part, (kind,)), stop
+    return x

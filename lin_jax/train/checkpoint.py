@@ -343,9 +343,10 @@ def _require_checksums(items: Mapping[str, Any], meta: Mapping) -> None:
 
 def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
     """Raise `ConfigError` naming the first setting that a resumed run must not change."""
-    new = config_to_dict(config)
-    for name, value in _flatten(new).items():
-        old = _flatten(saved).get(name)
+    # Settings that are newer than the checkpoint had their defaults then.
+    old_values = _flatten(config_to_dict(config_from_dict(dict(saved))))
+    for name, value in _flatten(config_to_dict(config)).items():
+        old = old_values.get(name)
         free = any(name == setting or name.startswith(setting + ".") for setting in FREE_SETTINGS)
         require(
             free or old == value,

@@ -22,6 +22,9 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "hidden": (),
     "query_key": (),
     "vocabulary": (),
+    "heads": (),
+    "feed_forward": (),
+    "positions": (),
 }
 
 

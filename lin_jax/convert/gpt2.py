@@ -1,0 +1,112 @@
+"""Hugging Face's GPT-2, the official linearized GPT-2, and our Gpt2."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lin_jax.config import AttentionConfig, Gpt2Config, require
+from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
+from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
+
+# Masks that old files hold, a second filter that the official code makes and never uses, and a tied head.
+IGNORED = ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight", "lm_head.weight")
+
+# Hugging Face keeps these matrices as ours, [inputs, outputs].
+_LINEAR = {
+    "attn.c_attn": "query_key_value",
+    "attn.c_proj": "output",
+    "mlp.c_fc": "up",
+    "mlp.c_proj": "down",
+}
+_NORMS = {"ln_1": "attention_norm", "ln_2": "feed_forward_norm"}
+
+
+def name_table(config: Gpt2Config) -> list[Entry]:
+    """One entry a parameter."""
+    layer, attention = "transformer.h.{layer}.", config.attention
+    table = [
+        Entry("transformer.wte.weight", "embedding"),
+        Entry("transformer.wpe.weight", "position_embedding"),
+        Entry("transformer.ln_f.weight", "norm.weight"),
+        Entry("transformer.ln_f.bias", "norm.bias"),
+    ]
+    for theirs, ours in _LINEAR.items():
+        table.append(Entry(f"{layer}{theirs}.weight", f"layers.{ours}.kernel"))
+        table.append(Entry(f"{layer}{theirs}.bias", f"layers.{ours}.bias"))
+    for theirs, ours in _NORMS.items():
+        table.append(Entry(f"{layer}{theirs}.weight", f"layers.{ours}.weight"))
+        table.append(Entry(f"{layer}{theirs}.bias", f"layers.{ours}.bias"))
+    if config.labels:
+        table.append(transposed("score.weight", "score.kernel"))
+    if attention.kind != "augmented":
+        return table
+    if attention.grouped and attention.grouped_weight == "learned":
+        table.append(scalar(layer + "attn.alpha", "layers.mixing.alpha"))
+    if attention.local != "none" and attention.local_weight == "learned":
+        table.append(scalar(layer + "attn.local_factor", "layers.mixing.local_factor"))
+    if attention.convolution:
+        table.append(centred_filter(layer + "attn.dconv_ada.weight", "layers.mixing.filter", attention.convolution))
+    return table
+
+
+def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Gpt2Config:
+    """Our config of a config.json and the shapes of its tensors.
+
+    Raises:
+        ConfigError: something is missing, or is not supported.
+    """
+    width = find(values, "n_embd")
+    activation = values.get("activation_function", "gelu_new")
+    require(
+        activation in ("gelu_new", "gelu_pytorch_tanh"),
+        f"config.json: activation_function={activation} is not supported; GPT-2's is gelu_new",
+    )
+    for name, needed in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
+        require(values.get(name, needed) == needed, f"config.json: {name}={values.get(name)} is not supported")
+    require(values.get("tie_word_embeddings", True), "config.json: tie_word_embeddings=false is not supported")
+    return Gpt2Config(
+        vocabulary_size=find(values, "vocab_size"),
+        width=width,
+        depth=find(values, "n_layer"),
+        heads=find(values, "n_head"),
+        feed_forward_size=values.get("n_inner") or 4 * width,
+        positions=values.get("n_positions") or find(values, "n_ctx"),
+        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+        labels=shapes["score.weight"][0] if "score.weight" in shapes else 0,
+        attention=attention_from(values, _official_attention(shapes)),
+        dtype=compute_type(values),
+    )
+
+
+def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AttentionConfig | None:
+    """What the names of an official linearized checkpoint tell: it has both parameters or none."""
+    kernels = [shape[2] for name, shape in shapes.items() if name.endswith("attn.dconv_ada.weight")]
+    if not kernels or not names_ending(shapes, "attn.alpha"):
+        return None
+    return AttentionConfig(group_size=64, convolution=kernels[0] // 2 + 1)
+
+
+def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
+    """The contents of a config.json."""
+    values: dict[str, Any] = {
+        "architectures": ["GPT2ForSequenceClassification" if config.labels else "GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocabulary_size,
+        "n_embd": config.width,
+        "n_layer": config.depth,
+        "n_head": config.heads,
+        "n_inner": config.feed_forward_size,
+        "n_positions": config.positions,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "activation_function": "gelu_new",
+        **attention_to(config.attention),
+    }
+    if config.labels:
+        values["num_labels"] = config.labels
+    return values
+
+
+def extra_tensors(config: Gpt2Config) -> dict[str, np.ndarray]:
+    """None: the official GPT-2 code computes its masks."""
+    return {}

@@ -1,0 +1,48 @@
+"""What the config.json files of all architectures have in common."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from lin_jax.config import AttentionConfig, ConfigError
+from lin_jax.overrides import config_from_dict, config_to_dict
+
+# Our key in a config.json: which attention the tensors were trained with. Other programs pass over it.
+KEY = "lin_jax"
+
+
+def softmax_attention() -> AttentionConfig:
+    """The attention of a model that was not linearized."""
+    return AttentionConfig(kind="softmax", convolution=0, group_size=64)
+
+
+def find(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a key; raises `ConfigError` without it."""
+    if values.get(name) is None:
+        raise ConfigError(f"config.json lacks {name}")
+    return values[name]
+
+
+def attention_from(values: Mapping[str, Any], official: AttentionConfig | None) -> AttentionConfig:
+    """The attention under our key; else what the names of the tensors tell; else softmax."""
+    if KEY in values:
+        return config_from_dict(values[KEY]["attention"], AttentionConfig, f"config.json: {KEY}.attention")
+    return official or softmax_attention()
+
+
+def attention_to(attention: AttentionConfig) -> dict[str, Any]:
+    """What `attention_from` reads; nothing for a plain softmax model."""
+    if attention.kind == "softmax":
+        return {}
+    # The form that computes it belongs to a machine, not to a checkpoint.
+    return {KEY: {"attention": config_to_dict(dataclasses.replace(attention, implementation=None))}}
+
+
+def compute_type(values: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
+    """The type of activations: the one that the weights have, except that float16 is computed in float32."""
+    return "bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32"
+
+
+def names_ending(names: Iterable[str], end: str) -> list[str]:
+    """Those names that end with `end`."""
+    return [name for name in names if name.endswith(end)]

@@ -1,0 +1,158 @@
+"""Hugging Face's LLaMA, the official linearized LLaMA, and our Llama."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lin_jax.config import AttentionConfig, LlamaConfig, RopeConfig, require
+from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
+from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
+
+# Computed from the config, or the mask that the official code multiplies its filter by.
+IGNORED = ("rotary_emb.inv_freq", "self_attn.conv_mask")
+
+_PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+_FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def name_table(config: LlamaConfig) -> list[Entry]:
+    """One entry a parameter."""
+    layer = "model.layers.{layer}."
+    table = [
+        Entry("model.embed_tokens.weight", "embedding"),
+        Entry("model.norm.weight", "norm.weight"),
+        Entry(layer + "input_layernorm.weight", "layers.attention_norm.weight"),
+        Entry(layer + "post_attention_layernorm.weight", "layers.feed_forward_norm.weight"),
+        *attention_table(config, layer + "self_attn.", "layers.attention."),
+    ]
+    for theirs, ours in _FEED_FORWARD.items():
+        name = f"{layer}mlp.{theirs}"
+        table.append(transposed(f"{name}.weight", f"layers.feed_forward.{ours}.kernel"))
+        if config.feed_forward_bias:
+            table.append(Entry(f"{name}.bias", f"layers.feed_forward.{ours}.bias"))
+    if not config.tie_embeddings:
+        table.append(transposed("lm_head.weight", "logits.kernel"))
+    return table
+
+
+def attention_table(config: LlamaConfig, theirs: str, ours: str) -> list[Entry]:
+    """The entries of one attention, whose names begin with `theirs` and `ours`."""
+    attention, table = config.attention, []
+    for name, path in _PROJECTIONS.items():
+        table.append(transposed(f"{theirs}{name}.weight", f"{ours}{path}.kernel"))
+        if config.attention_bias:
+            table.append(Entry(f"{theirs}{name}.bias", f"{ours}{path}.bias"))
+    if attention.kind != "augmented":
+        return table
+    if attention.grouped and attention.grouped_weight == "learned":
+        table.append(scalar(theirs + "global_factor", ours + "mixing.alpha"))
+    if attention.local != "none" and attention.local_weight == "learned":
+        table.append(scalar(theirs + "local_factor", ours + "mixing.local_factor"))
+    if attention.convolution:
+        table.append(centred_filter(theirs + "dwconv.weight", ours + "mixing.filter", attention.convolution))
+    return table
+
+
+def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
+    """Our config of a config.json and the shapes of its tensors.
+
+    Raises:
+        ConfigError: something is missing, or is not supported.
+    """
+    heads, width = find(values, "num_attention_heads"), find(values, "hidden_size")
+    activation = values.get("hidden_act", "silu")
+    require(activation == "silu", f"config.json: hidden_act={activation} is not supported; LLaMA's is silu")
+    return LlamaConfig(
+        vocabulary_size=find(values, "vocab_size"),
+        width=width,
+        depth=find(values, "num_hidden_layers"),
+        heads=heads,
+        key_value_heads=values.get("num_key_value_heads") or heads,
+        head_size=values.get("head_dim") or width // heads,
+        feed_forward_size=find(values, "intermediate_size"),
+        positions=values.get("max_position_embeddings", 2048),
+        norm_epsilon=values.get("rms_norm_eps", 1e-6),
+        rope=_rope(values),
+        attention_bias=values.get("attention_bias", False),
+        feed_forward_bias=values.get("mlp_bias", False),
+        tie_embeddings=values.get("tie_word_embeddings", False),
+        attention=attention_from(values, _official_attention(shapes)),
+        dtype=compute_type(values),
+    )
+
+
+def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AttentionConfig | None:
+    """What the names of an official linearized checkpoint tell: the paper's group, and which parameters there are.
+
+    Without `global_factor` the grouped branch has the weight 1, as in the official benchmark code.
+    """
+    kernels = [shape[2] for name, shape in shapes.items() if name.endswith("self_attn.dwconv.weight")]
+    factors = {kind: names_ending(shapes, f"self_attn.{kind}_factor") for kind in ("global", "local")}
+    if not kernels and not any(factors.values()):
+        return None
+    return AttentionConfig(
+        group_size=64,
+        convolution=kernels[0] // 2 + 1 if kernels else 0,
+        grouped_weight="learned" if factors["global"] else "one",
+        local_weight="learned" if factors["local"] else "one",
+    )
+
+
+def _rope(values: Mapping[str, Any]) -> RopeConfig:
+    """The rotary positions of a config.json, old or new: rope_theta and rope_scaling, or rope_parameters."""
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    known = ("default", "linear", "dynamic", "llama3")
+    require(kind in known, f"config.json: rope scaling {kind!r} is not supported; there are {', '.join(known)}")
+    theta = scaling.get("rope_theta", values.get("rope_theta", 10000.0))
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    llama3: dict[str, Any] = {}
+    if kind == "llama3":
+        llama3 = {
+            "low_frequency_factor": float(find(scaling, "low_freq_factor")),
+            "high_frequency_factor": float(find(scaling, "high_freq_factor")),
+            "original_positions": find(scaling, "original_max_position_embeddings"),
+        }
+    return RopeConfig(theta=float(theta), scaling=kind, factor=float(find(scaling, "factor")), **llama3)
+
+
+def config_to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
+    """The contents of a config.json."""
+    rope, scaling = config.rope, None
+    if rope.scaling != "default":
+        scaling = {"rope_type": rope.scaling, "type": rope.scaling, "factor": rope.factor}
+    if scaling is not None and rope.scaling == "llama3":
+        scaling["low_freq_factor"] = rope.low_frequency_factor
+        scaling["high_freq_factor"] = rope.high_frequency_factor
+        scaling["original_max_position_embeddings"] = rope.original_positions
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.feed_forward_size,
+        "max_position_embeddings": config.positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.feed_forward_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        **attention_to(config.attention),
+    }
+
+
+def extra_tensors(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """The masks that the official linearized code keeps beside its filters."""
+    taps = config.attention.convolution if config.attention.kind == "augmented" else 0
+    if not taps:
+        return {}
+    mask = (np.arange(2 * taps - 1) < taps).astype(np.float32).reshape(1, 1, -1, 1)
+    return {f"model.layers.{layer}.self_attn.conv_mask": mask for layer in range(config.depth)}

@@ -1,0 +1,100 @@
+"""GPT-2 (Radford et al., 2019), with softmax or linearized attention, as a language model or a classifier."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.config import Gpt2Config, require
+from lin_jax.layers.attention import Mixing, layer_kinds
+from lin_jax.layers.gated_attention import Rows, place
+from lin_jax.layers.linear import Linear
+from lin_jax.layers.norms import LayerNorm
+from lin_jax.layers.parameter import parameter
+from lin_jax.layers.stack import run_layers, stack_layers
+
+# Standard deviation of initial matrices; the two that write to the residual have it divided by sqrt(2 L).
+DEVIATION = 0.02
+
+
+class Gpt2Layer(nnx.Module):
+    """Attention and feed-forward layer, each behind a norm and around a residual."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        C, F = config.width, config.feed_forward_size
+        residual = DEVIATION / (2 * config.depth) ** 0.5
+        self.config = config
+        self.attention_norm = LayerNorm(C, config.norm_epsilon)
+        self.query_key_value = Linear(C, 3 * C, ("width", "heads"), deviation=DEVIATION, rngs=rngs)
+        self.mixing = Mixing(config.attention, config.heads)
+        self.output = Linear(C, C, ("heads", "width"), deviation=residual, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(C, config.norm_epsilon)
+        self.up = Linear(C, F, ("width", "feed_forward"), deviation=DEVIATION, rngs=rngs)
+        self.down = Linear(F, C, ("feed_forward", "width"), deviation=residual, rngs=rngs)
+
+    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, kind: str) -> Float[Array, "B T C"]:
+        """Applies the layer."""
+        B, T, C = x_BTC.shape
+        joint = self.query_key_value(self.attention_norm(x_BTC))
+        q, k, v = (x.reshape(B, T, self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
+        x_BTC += self.output(self.mixing(q, k, v, rows, kind).reshape(B, T, C))
+        # gelu_new is the approximation by tanh.
+        wide_BTF = jax.nn.gelu(self.up(self.feed_forward_norm(x_BTC)), approximate=True)
+        return x_BTC + self.down(wide_BTF)
+
+
+class Gpt2(nnx.Module):
+    """Token and position embeddings, layers, norm, and a head that shares the tokens' matrix."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        V, C = config.vocabulary_size, config.width
+        self.config = config
+        embedding = DEVIATION * jax.random.normal(rngs.params(), (V, C))
+        positions = DEVIATION * jax.random.normal(rngs.params(), (config.positions, C))
+        self.embedding = parameter(embedding, ("vocabulary", "width"), decay=True)
+        self.position_embedding = parameter(positions, ("positions", "width"), decay=True)
+        self.layers = stack_layers(lambda rngs: Gpt2Layer(config, rngs=rngs), config.depth, rngs)
+        self.norm = LayerNorm(C, config.norm_epsilon)
+        if config.labels:
+            self.score = Linear(C, config.labels, ("width", None), bias=False, deviation=DEVIATION, rngs=rngs)
+
+    def features(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T C"]:
+        """What the head reads, in the compute type.
+
+        Args:
+            tokens_BT: token ids.
+            segment_ids_BT: every run of equal ids is a sequence of its own, with positions from 0; 0 is padding; None:
+                a row is a sequence.
+
+        Raises:
+            ConfigError: T exceeds the positions that the model knows.
+        """
+        config, T = self.config, tokens_BT.shape[1]
+        require(T <= config.positions, f"rows of {T} tokens are longer than the model's positions={config.positions}")
+        rows = place(segment_ids_BT, tokens_BT.shape, "exact")
+        x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][rows.position_BT]
+        kinds = layer_kinds(config.attention, config.depth)
+        x_BTC = run_layers(self.layers, x_BTC.astype(config.dtype), rows, remat=config.remat, kinds=kinds)
+        return self.norm(x_BTC)
+
+    def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
+        """Logits of `features`, float32."""
+        return (x_BTC @ self.embedding[...].astype(x_BTC.dtype).T).astype(jnp.float32)
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token after each, see `features`."""
+        return self.head(self.features(tokens_BT, segment_ids_BT))
+
+    def classify(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B labels"]:
+        """Logits of the classes of each row, read from its last real token; needs `labels` in the config."""
+        x_BTC = self.features(tokens_BT, segment_ids_BT)
+        B, T = tokens_BT.shape
+        real_BT = jnp.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT != 0
+        last_B = T - 1 - jnp.argmax(real_BT[:, ::-1], axis=1)
+        return self.score(x_BTC[jnp.arange(B), last_B]).astype(jnp.float32)
