@@ -9,9 +9,6 @@ from lin_jax.config import AttentionConfig, Gpt2Config, require
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
 from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
 
-# Masks that old files hold, a second filter that the official code makes and never uses, and a tied head.
-IGNORED = ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight", "lm_head.weight")
-
 # Hugging Face keeps these matrices as ours, [inputs, outputs].
 _LINEAR = {
     "attn.c_attn": "query_key_value",
@@ -48,6 +45,11 @@ def name_table(config: Gpt2Config) -> list[Entry]:
     if attention.convolution:
         table.append(centred_filter(layer + "attn.dconv_ada.weight", "layers.mixing.filter", attention.convolution))
     return table
+
+
+def ignored(config: Gpt2Config) -> tuple[str, ...]:
+    """Ends of names that hold no parameters: masks, a filter that the official code never uses, the tied head."""
+    return ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight", "lm_head.weight")
 
 
 def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Gpt2Config:

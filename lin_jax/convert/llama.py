@@ -9,9 +9,6 @@ from lin_jax.config import AttentionConfig, LlamaConfig, RopeConfig, require
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
 from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
 
-# Computed from the config, or the mask that the official code multiplies its filter by.
-IGNORED = ("rotary_emb.inv_freq", "self_attn.conv_mask")
-
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -34,6 +31,12 @@ def name_table(config: LlamaConfig) -> list[Entry]:
     if not config.tie_embeddings:
         table.append(transposed("lm_head.weight", "logits.kernel"))
     return table
+
+
+def ignored(config: LlamaConfig) -> tuple[str, ...]:
+    """Ends of names that hold no parameters: frequencies, the mask of the official filters, a tied head."""
+    tied = ("lm_head.weight",) if config.tie_embeddings else ()
+    return ("rotary_emb.inv_freq", "self_attn.conv_mask", *tied)
 
 
 def attention_table(config: LlamaConfig, theirs: str, ours: str) -> list[Entry]:

@@ -58,10 +58,10 @@ def scalar(theirs: str, ours: str) -> Entry:
     return Entry(theirs, ours, lambda x: x.reshape(()), lambda x: x.reshape(1))
 
 
-def parameters(model: nnx.Module) -> dict[str, Array]:
-    """The trainable arrays of a model by path, joined by dots."""
+def parameters(model: Any) -> dict[str, Any]:
+    """The trainable arrays of a model by path, joined by dots; shapes and types of an abstract one."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:

@@ -223,6 +223,24 @@ class Checkpoints:
             (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
 
 
+def save_model(workdir: str, parameters: Any, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes a model that `load_model` reads, as step 0 of a run that has not been trained.
+
+    Args:
+        workdir: a directory without checkpoints.
+        parameters: nested dictionaries of arrays; the model has no constants.
+        config: the settings, the model's among them.
+        tokenizer: the one whose tokens the model knows.
+    """
+    item = {"parameters": parameters, "constants": {}}
+    meta = {"config": config_to_dict(config), "checksums": {"model": _checksums(item)}}
+    with _writer(checkpoints_directory(workdir), config.checkpoint) as manager:
+        args = ocp.args.Composite(model=ocp.args.StandardSave(item), meta=ocp.args.JsonSave(meta))
+        manager.save(0, args=args)
+        manager.wait_until_finished()
+    tokenizer.save(tokenizer_directory(workdir))
+
+
 def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokenizer, Config]:
     """The model, tokenizer and settings of a trained run.
 

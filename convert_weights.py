@@ -1,0 +1,50 @@
+"""Convert a model: python convert_weights.py --input DIR --output DIR [--attention augmented] [--to hf] [--check]
+
+The input is a Hugging Face directory (LLaMA, GPT-2, the official linearized LLaMA) or a run of lin_jax. Any
+--config.model.field=value changes the model, such as --config.model.attention.group_size=64.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lin_jax.config import ABLATIONS, ConfigError
+from lin_jax.convert.program import convert
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", required=True, type=Path, metavar="DIR", help="the model that is read")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the directory that is made")
+    parser.add_argument("--attention", choices=ABLATIONS, help="the result's attention (default: the source's)")
+    parser.add_argument("--to", choices=("lin_jax", "hf"), default="lin_jax", help="whose form the result has")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="--to hf: type of the tensors; --to lin_jax: of activations (default: the source's)",
+    )
+    parser.add_argument("--check", action="store_true", help="compare the logits of source and result")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output holds")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
+    known, overrides = make_parser().parse_known_args(arguments)
+    settings = {name: value for name, value in vars(known).items() if name not in ("input", "output")}
+    try:
+        convert(known.input, known.output, overrides=overrides, **settings)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
