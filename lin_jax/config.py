@@ -455,9 +455,7 @@ class Config:
 
     def __post_init__(self):
         require(
-            self.data.packing != "segments"
-            or not isinstance(self.model, FlashConfig)
-            or self.model.padding == "exact",
+            self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",
             "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
         )
         require(

@@ -41,7 +41,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file, a field or a value is wrong; the message names it.
     """
     config = _call_get_config(path)
-    require(isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}")
+    require(
+        isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}"
+    )
     return apply_overrides(config, overrides)
 
 

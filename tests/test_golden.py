@@ -80,9 +80,7 @@ def attention_of(case: Golden) -> AttentionConfig:
         base = AttentionConfig(group_size=flags["GROUP_SIZE"], convolution=taps, grouped_weight=weight)
         return ablate(base, kind)
     if not flags["USE_LINEAR"]:
-        return AttentionConfig(
-            kind="longlora", convolution=0, longlora_split=flags["split"], longlora_shift="released"
-        )
+        return AttentionConfig(kind="longlora", convolution=0, longlora_split=flags["split"], longlora_shift="released")
     return AttentionConfig(
         group_size=flags["GROUP_SIZE"],
         grouped=bool(flags["USE_GLOBAL"]),
@@ -184,7 +182,7 @@ def check_llama_bench(case: Golden) -> None:
         assert np.abs(gradient_x - theirs_x).max() <= 1e-3 * np.abs(theirs_x).max()
         return
     # For a length that is no multiple of the group the official code normalises zeros, which makes the last group NaN,
-    # and adds the convolution at the last token to every row. Ours is finite, and theirs but for that in all other rows.
+    # and adds the convolution at the last token to every row. Ours is finite, and equal but for that in other rows.
     assert np.isfinite(y).all()
     v_BTHE = (inputs["hidden_states"] @ theirs["v_proj.weight"].T).reshape(B, T, config.heads, -1)
     conv = official_conv(v_BTHE, theirs["dwconv.weight"])
@@ -219,7 +217,6 @@ CHECKS = {
     "gpt2": check_transformer,
     "hf": check_hugging_face,
 }
-
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

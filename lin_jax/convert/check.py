@@ -16,7 +16,7 @@ TEXT = (
     "Once upon a time there was a small town by the sea. Every morning the baker lit his oven before the sun was up, "
     "and the smell of bread went down to the harbour, where the boats were coming in. A girl called Ann lived above "
     "the bakery with her grandmother. She liked to count the boats. One day there was one too many: a white boat with "
-    "no name and nobody in it. Ann ran down to look. In the boat lay a letter, and in the letter was a key. \"What "
+    'no name and nobody in it. Ann ran down to look. In the boat lay a letter, and in the letter was a key. "What '
     'does it open?" she asked. Her grandmother smiled and said, "I have waited for that key for forty years."'
 )
 MAX_TOKENS = 512

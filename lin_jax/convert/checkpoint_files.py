@@ -56,7 +56,7 @@ class CheckpointFiles(Mapping[str, np.ndarray]):
             yield from ((n, tuple(t.shape)) for n, t in self._load_torch(file).items() if self._files.get(n) == file)
             return
         with _open(file) as tensors:
-            for name in tensors.keys():
+            for name in list(tensors.keys()):
                 if self._files.get(name) == file:
                     yield name, tuple(tensors.get_slice(name).get_shape())
 
@@ -129,7 +129,8 @@ def _from_torch(tensor: Any) -> np.ndarray:
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write safetensors, in several files with an index where they exceed `SHARD_BYTES`."""
     where: dict[str, int] = {}
-    files, total, shard = 0, 0, {}
+    files, total = 0, 0
+    shard: dict[str, np.ndarray] = {}
     for name, array in tensors:
         if shard and sum(x.nbytes for x in shard.values()) + array.nbytes > SHARD_BYTES:
             files, shard = _write_shard(directory, files, shard), {}

@@ -72,7 +72,9 @@ class Mixing(nnx.Module):
         local_weighted = attention.local != "none" and attention.local_weight == "learned"
         # The branches are computed together unless something comes in between.
         if not (attention.normalise_grouped or local_weighted or attention.castling):
-            return self._attend(local_q, local_k, v, unit_q, unit_k, attention.local, scale, self._alpha(), conv_WH, rows)
+            return self._attend(
+                local_q, local_k, v, unit_q, unit_k, attention.local, scale, self._alpha(), conv_WH, rows
+            )
         y = jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
         if attention.local != "none":
             local = self._attend(local_q, local_k, v, None, None, attention.local, scale, None, None, rows)
@@ -86,7 +88,19 @@ class Mixing(nnx.Module):
             y = castle(repeated_v, y)
         return y if conv_WH is None else y + causal_conv(repeated_v, conv_WH, rows.segment_ids_BT)
 
-    def _attend(self, q, k, v, grouped_q, grouped_k, local, scale, alpha, conv_WH, rows) -> Array:
+    def _attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        grouped_q: Array | None,
+        grouped_k: Array | None,
+        local: str,
+        scale: float,
+        alpha: Array | float | None,
+        conv_WH: Array | None,
+        rows: Rows,
+    ) -> Array:
         """The op; `alpha=None` turns the grouped branch off."""
         attention = self.attention
         y = augmented_attention(

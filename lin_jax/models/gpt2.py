@@ -71,9 +71,9 @@ class Gpt2(nnx.Module):
         Raises:
             ConfigError: T exceeds the positions that the model knows.
         """
-        config, T = self.config, tokens_BT.shape[1]
-        require(T <= config.positions, f"rows of {T} tokens are longer than the model's positions={config.positions}")
-        rows = place(segment_ids_BT, tokens_BT.shape, "exact")
+        config, (B, T) = self.config, tokens_BT.shape
+        require(config.positions >= T, f"rows of {T} tokens are longer than the model's positions={config.positions}")
+        rows = place(segment_ids_BT, (B, T), "exact")
         x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][rows.position_BT]
         kinds = layer_kinds(config.attention, config.depth)
         x_BTC = run_layers(self.layers, x_BTC.astype(config.dtype), rows, remat=config.remat, kinds=kinds)

@@ -99,8 +99,8 @@ class Llama(nnx.Module):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
         """
-        config = self.config
-        rows = place(segment_ids_BT, tokens_BT.shape, "exact")
+        config, (B, T) = self.config, tokens_BT.shape
+        rows = place(segment_ids_BT, (B, T), "exact")
         turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
         x_BTC = self.embedding[...][tokens_BT].astype(config.dtype)
         kinds = layer_kinds(config.attention, config.depth)

@@ -1,5 +1,7 @@
 """Softmax attention over whole rows, and LongLoRA's over groups."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -27,7 +29,7 @@ def softmax_attention(
     if segment_ids_BT is not None:
         run_BT = token_layout(segment_ids_BT, jnp.zeros(segment_ids_BT.shape[0], jnp.int32)).run_BT
         mask_B1TS = (run_BT[:, :, None] == run_BT[:, None, :])[:, None]
-    implementation = "cudnn" if mask_B1TS is None and _has_flash_attention(q_BTHD) else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if mask_B1TS is None and _has_flash_attention(q_BTHD) else "xla"
     return jax.nn.dot_product_attention(
         q_BTHD, k_BTKD, v_BTKE, mask=mask_B1TS, is_causal=True, implementation=implementation
     )
@@ -50,7 +52,7 @@ def longlora_attention(
     shift: str = "causal",
     segment_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
-    """Causal softmax attention inside groups of T / split tokens; the second half of the heads has them shifted by half.
+    """Causal softmax attention inside groups of T / split tokens, which the second half of the heads has shifted by half.
 
     Source: Chen et al., LongLoRA, 2023, and the code released with You et al., 2024. There the row is rolled, so that
     the first half group of a shifted head sits behind the last tokens and sees them: `shift="released"` does that,
@@ -76,8 +78,7 @@ def longlora_attention(
     if segment_ids_BT is not None:
         run_BT = token_layout(segment_ids_BT, jnp.zeros(B, jnp.int32)).run_BT + 1
     half, wraps = H // 2, shift == "released"
-    heads = [x[:, :, :half] for x in (q_BTHD, k_BTHD, v_BTHE)]
-    shifted = [x[:, :, half:] for x in (q_BTHD, k_BTHD, v_BTHE)]
+    heads, shifted = ((q_BTHD[:, :, s], k_BTHD[:, :, s], v_BTHE[:, :, s]) for s in (slice(half), slice(half, None)))
     y = _in_groups(*heads, run_BT, G, 0, wraps)
     # Python's floor: for an odd group (-G) // 2 is one more than G // 2.
     z = _in_groups(*shifted, run_BT, G, -(-G // 2), wraps)
