@@ -52,7 +52,7 @@ def longlora_attention(
     shift: str = "causal",
     segment_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
-    """Causal softmax attention inside groups of T / split tokens, which the second half of the heads has shifted by half.
+    """Causal softmax attention inside groups of T / split tokens, shifted by half a group for the second half of heads.
 
     Source: Chen et al., LongLoRA, 2023, and the code released with You et al., 2024. There the row is rolled, so that
     the first half group of a shifted head sits behind the last tokens and sees them: `shift="released"` does that,
