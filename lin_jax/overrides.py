@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file, a field or a value is wrong; the message names it.
     """
     config = _call_get_config(path)
-    require(isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}")
+    require(
+        isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}"
+    )
     return apply_overrides(config, overrides)
 
 
@@ -150,7 +152,7 @@ def _field(section: Any, key: str, name: str) -> Any:
     return getattr(section, key)
 
 
-def _nearest(key: str, names: typing.Iterable[str]) -> str:
+def _nearest(key: str, names: Iterable[str]) -> str:
     found = difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -172,7 +174,7 @@ def _rebuild(section: Any, changes: dict[str, Any], name: str) -> Any:
     return _build(lambda: dataclasses.replace(section, **changes), type(section), name) if changes else section
 
 
-def _build(make: typing.Callable[[], Any], kind: type, name: str) -> Any:
+def _build(make: Callable[[], Any], kind: type, name: str) -> Any:
     """`make()`, with errors of the dataclass's own checks told by the field's full name."""
     try:
         return make()
