@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -38,8 +40,12 @@ def transposed(theirs: str, ours: str) -> Entry:
 
 def parameters(model: nnx.Module) -> dict[str, Array]:
     """The trainable arrays of a model by path, joined by dots."""
+    return _by_path(model)
+
+
+def _by_path(model: nnx.Module) -> dict[str, Any]:
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:
@@ -65,7 +71,7 @@ def load(
     """Sets every parameter of `model` from the other code's arrays; where one does not fit, sets none.
 
     Args:
-        model: changed in place.
+        model: changed in place. It may be abstract, from `nnx.eval_shape`: then no parameter is made in vain.
         table: one entry for every parameter of the model.
         theirs: the other code's arrays by name.
         depth: layers.
@@ -79,7 +85,7 @@ def load(
     require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
     unused = sorted(name for name in theirs.keys() - wanted if not name.endswith(ignore))
     require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
-    ours = parameters(model)
+    ours = _by_path(model)
     unset = sorted(ours.keys() - {entry.ours for entry in table})
     require(not unset, f"no entry of the table sets {', '.join(unset)}")
     arrays = {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours].shape) for entry in table}
@@ -115,4 +121,4 @@ def _assign(model: nnx.Module, path: str, value: np.ndarray) -> None:
     target = model
     for name in path.split("."):
         target = getattr(target, name)
-    target[...] = value
+    target.set_value(jnp.asarray(value))
