@@ -32,7 +32,7 @@ def get_config() -> Config:
             tokenizer="train",
             tokenizer_vocabulary=4096,
             sequence_length=512,
-            batch_size=8,
+            batch_size=4,
         ),
         optimizer=OptimizerConfig(peak_learning_rate=2e-3, schedule="linear", warmup_steps=30),
         train=TrainConfig(steps=300, evaluate_every=0, evaluate_batches=0),

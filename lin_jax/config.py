@@ -376,7 +376,7 @@ class OptimizerConfig:
     """AdamW and its learning rate."""
 
     peak_learning_rate: float = setting(7e-4, "learning rate after warmup")
-    end_learning_rate: float = setting(0.0, "learning rate at the last step of linear and cosine schedules")
+    end_learning_rate: float = setting(0.0, "learning rate that linear and cosine schedules reach after the last step")
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "course of the learning rate after warmup")
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     beta1: float = setting(0.9, "decay of the mean of gradients")
@@ -410,6 +410,7 @@ class TrainConfig:
     def __post_init__(self):
         _require_positive(self, "steps", "microbatches", "loss_chunk", "log_every", "max_skipped")
         _require_at_least_zero(self, "evaluate_every", "evaluate_batches")
+        require(0 <= self.seed < 2**32, f"seed must lie between 0 and 2**32 - 1, but is {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

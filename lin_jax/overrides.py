@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def _field(section: Any, key: str, name: str) -> Any:
     return getattr(section, key)
 
 
-def _nearest(key: str, names: typing.Iterable[str]) -> str:
+def _nearest(key: str, names: Iterable[str]) -> str:
     found = difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -190,7 +190,7 @@ def _rebuild(section: Any, changes: dict[str, Any], name: str) -> Any:
     return _build(lambda: dataclasses.replace(section, **changes), type(section), name) if changes else section
 
 
-def _build(make: typing.Callable[[], Any], kind: type, name: str) -> Any:
+def _build(make: Callable[[], Any], kind: type, name: str) -> Any:
     """`make()`, with errors of the dataclass's own checks told by the field's full name."""
     try:
         return make()

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples, one compilation cache."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -20,3 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     seconds = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs compiled with little optimisation: for modules that run many of them, each once.
+
+    The optimised ones are compared with their truth by the golden tests and the training tests.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

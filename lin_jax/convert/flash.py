@@ -79,7 +79,7 @@ def from_official(config: FlashConfig, theirs: Mapping[str, np.ndarray], kernel:
     Raises:
         ConfigError: names or shapes that do not fit `config`.
     """
-    model = Flash(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Flash(config, rngs=nnx.Rngs(0)))
     has_filter = config.attention.kind == "augmented" and config.attention.convolution
     # The official code makes the filter also where it never uses it.
     ignored = IGNORED if has_filter else (*IGNORED, "dwconv.weight")

@@ -89,7 +89,7 @@ def load(
     """Sets every parameter of `model` from the other code's arrays; where one does not fit, sets none.
 
     Args:
-        model: changed in place.
+        model: changed in place. It may be abstract, from `nnx.eval_shape`: then no parameter is made in vain.
         table: one entry for every parameter of the model.
         theirs: the other code's arrays by name.
         depth: layers.
@@ -179,4 +179,4 @@ def _assign(model: nnx.Module, path: str, value: Array) -> None:
     target: Any = model
     for name in path.split("."):
         target = getattr(target, name)
-    target[...] = value
+    target.set_value(jnp.asarray(value))

@@ -137,7 +137,8 @@ def measure(
             pending = []
     nll += _total(pending)
     require(bool(counts[1] > 0), "there is no text to evaluate on")
-    return Perplexity(*counts.tolist(), nll, time.perf_counter() - begin)
+    number, tokens, size = counts.tolist()
+    return Perplexity(number, tokens, size, nll, time.perf_counter() - begin)
 
 
 def make_scorer(model: nnx.Module, mesh: Mesh, *, chunk: int) -> Callable[[Rows], LossSums]:

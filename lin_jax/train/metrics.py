@@ -89,6 +89,8 @@ class MetricsLog:
     def restart_clock(self) -> None:
         """Leave out what happened since the last flush from the speed: evaluation, saving."""
         self._mark = time.perf_counter()
+        if self._bar is not None:
+            self._bar.unpause()
 
     def write_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Note the result of an evaluation."""

@@ -46,7 +46,7 @@ def _attend_row(
     v_AHE = per_query_head(jnp.concatenate([context.value_BUKE, v_TKE]))
     q_THD = float32(q_THD)
     grouped_q_THP, grouped_k_AHP = q_THD, k_AHD
-    if grouped is not None:
+    if grouped is not None and context.grouped_key_BUKP is not None:
         grouped_q_THP = float32(grouped[0])
         grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BUKP, grouped[1]]))
     phi = FEATURE_MAPS[inputs.feature_map]

@@ -280,7 +280,7 @@ def _outputs(
         taps = _toeplitz(inputs.conv_WH, 0, G, window.run.shape[2], back, K)
         weights += taps if masks.same is None else jnp.where(masks.same, taps, 0)
 
-    y = jnp.zeros((), jnp.float32)
+    y = jnp.zeros((B, blocks.count, K, H // K, G, known.value.shape[-1]), jnp.float32)
     if weights.ndim:
         weights = jnp.broadcast_to(weights, (B, blocks.count, K, H // K, *weights.shape[-2:]))
         y += _product("bnkjgs,bnkse->bnkjge", weights.astype(dtype), _group_keys(window.value))

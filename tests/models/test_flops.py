@@ -1,0 +1,55 @@
+"""Counted operations against those of the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lin_jax.config import AttentionConfig, FlashConfig
+from lin_jax.models.flash import Flash
+from lin_jax.models.flops import training_flops_per_token
+
+B, T = 2, 256
+
+
+def forward_flops(config: FlashConfig) -> float:
+    """What XLA counts for one token. One layer and one chunk of groups, as it counts the body of a loop once."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Flash(config, rngs=nnx.Rngs(0))))
+    run = jax.jit(lambda state, tokens_BT: nnx.merge(graph, state)(tokens_BT))
+    compiled = run.lower(state, jax.ShapeDtypeStruct((B, T), jnp.int32)).compile()
+    return compiled.cost_analysis()["flops"] / (B * T)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"local_groups": 2, "convolution": 0},
+        {"grouped": False},
+        {"local": "none", "convolution": 0},
+        {"local": "none", "castling": True, "convolution": 4},
+        {"feature_map": "favor", "feature_size": 512},
+        {"feature_map": "fourier", "feature_size": 512},
+        {"causal": False, "local_groups": 2},
+        {"kind": "softmax"},
+        {"kind": "quadratic"},
+    ],
+    ids=str,
+)
+def test_equals_the_compiled_program(attention):
+    config = FlashConfig(
+        vocabulary_size=512,
+        width=256,
+        depth=1,
+        query_key_size=128,
+        attention=AttentionConfig(**{"group_size": 64, **attention}),
+    )
+    # The compiled program also has what is counted as nothing: activations, norms, rotations, masks.
+    ratio = forward_flops(config) / (training_flops_per_token(config, T) / 3)
+    assert 0.99 < ratio < 1.05
+
+
+def test_layers_add_up():
+    one, three = (FlashConfig(depth=depth) for depth in (1, 3))
+    head = 3 * 2 * 768 * 50257
+    assert training_flops_per_token(three, 1024) - head == 3 * (training_flops_per_token(one, 1024) - head)
