@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -118,6 +119,18 @@ def write_transformers(directory: Path, source: Source, weights: Weights, dtype:
     tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": source.tokenizer.end_id}
     write_hugging_face(directory, weights, dtype, tokens)
     _copy_tokenizer(source.tokenizer_files, directory)
+    _name_special_tokens(directory, source.tokenizer)
+
+
+def _name_special_tokens(directory: Path, tokenizer: Tokenizer) -> None:
+    """Say which tokens begin and end a text, for a tokenizer that did not come from Hugging Face."""
+    file = directory / "tokenizer_config.json"
+    if file.exists() or not (directory / "tokenizer.json").is_file():
+        return
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode([tokenizer.end_id])}
+    if tokenizer.begin_id is not None:
+        values["bos_token"] = tokenizer.decode([tokenizer.begin_id])
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -108,10 +108,12 @@ def write_hugging_face(directory: Path, weights: Weights, dtype: str, more: Mapp
 
 
 def family_of(config: ModelConfig) -> ModuleType:
-    """What knows the names of a model; raises `ConfigError` where Hugging Face has none."""
+    """What knows the names of a model; raises `ConfigError` where Hugging Face has no such model."""
     family = _TYPES.get(type(config))
     if family is None:
-        raise ConfigError(f"a {config.architecture} model has no form in Hugging Face's library; use --to lin_jax")
+        raise ConfigError(
+            f"only {' and '.join(FAMILIES)} models are converted, but this is a {config.architecture} model"
+        )
     return family
 
 

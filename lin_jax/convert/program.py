@@ -55,13 +55,12 @@ def convert(
     inside = source_directory == target or target in source_directory.parents
     require(not inside, f"--output {target} is or holds --input {source_directory}: choose another")
     source = read_source(source_directory)
+    family_of(source.weights.config)
     config = target_config(source.config, attention, overrides or []).model
     if to == "lin_jax" and dtype is not None:
         require(dtype != "float16", "--dtype float16 is for --to hf: activations are float32 or bfloat16")
         config = dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
     changed = change_attention(source.weights, config)
-    if to == "hf":
-        family_of(config)
     with replacing(target, overwrite) as directory:
         if to == "hf":
             write_transformers(directory, source, changed.weights, dtype or config.dtype)

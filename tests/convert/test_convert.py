@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import convert_weights
 import eval as eval_program
-from lin_jax.config import AttentionConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
+import train as train_program
+from lin_jax.config import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
 from lin_jax.convert.hugging_face import Weights, read_hugging_face, shapes_of, write_hugging_face
-from lin_jax.train.checkpoint import load_model
+from lin_jax.convert.names import parameters
+from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -274,6 +278,55 @@ def test_what_is_there_stays(source, tmp_path, capsys):
     (target / "thesis.txt").unlink()
     assert convert(source, target, "--to", "hf") == 0 and convert(source, target, "--overwrite", "--to", "hf") == 0
     assert_same_tensors(source, target)
+
+
+CONFIG = """
+from lin_jax.config import *
+
+def get_config(workdir):
+    attention = AttentionConfig(group_size=8, convolution=4, softmax_layers=(0,))
+    return Config(
+        workdir=workdir,
+        model=LlamaConfig(
+            vocabulary_size=300, width=16, depth=2, heads=2, key_value_heads=1, head_size=8, feed_forward_size=32,
+            attention=attention,
+        ),
+        data=DataConfig(
+            source="text", path=(CORPUS,), sequence_length=32, batch_size=8, tokenizer="train",
+            tokenizer_vocabulary=300, packing="segments",
+        ),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, schedule="constant"),
+        train=TrainConfig(steps=10, evaluate_every=0, evaluate_batches=2, log_every=5),
+        mesh=MeshConfig(data=2, fsdp=4),
+    )
+"""
+
+
+def test_a_trained_hybrid_goes_to_hugging_face(tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": "abc " * (i % 9 + 1) + str(i) * 3}) + "\n" for i in range(150)))
+    (tmp_path / "config.py").write_text(CONFIG.replace("CORPUS", repr(str(corpus))))
+    run = tmp_path / "run"
+    assert train_program.main(["--config", f"{tmp_path}/config.py:{run}"]) == 0
+    losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < losses[0] < 6
+    assert convert(run, tmp_path / "hf", "--to", "hf") == 0
+    back = read_hugging_face(tmp_path / "hf")
+    model, tokenizer, config = load_model(str(run))
+    assert back.config == config.model and np.asarray(back.arrays["layers.attention.mixing.filter"]).any()
+    for path, array in parameters(model).items():
+        np.testing.assert_array_equal(back.arrays[path], array)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode("abc 7") == tokenizer.encode("abc 7").tolist() and theirs.eos_token_id == tokenizer.end_id
+
+
+def test_flash_is_not_converted(source, tmp_path, capsys):
+    config = FlashConfig(vocabulary_size=8, width=4, depth=1, query_key_size=4, rotary_size=2)
+    arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
+    save_model(str(tmp_path / "flash"), Weights(config, arrays).nested(), Config(model=config), BytesTokenizer())
+    assert convert(tmp_path / "flash", tmp_path / "out") == 2
+    assert_refused(capsys, "only llama and gpt2 models are converted, but this is a flash model")
 
 
 class Trap:
