@@ -284,25 +284,24 @@ CONFIG = """
 from lin_jax.config import *
 
 def get_config(workdir):
-    attention = AttentionConfig(group_size=8, convolution=4, softmax_layers=(0,))
+    attention = AttentionConfig(group_size=8, convolution=4)
     return Config(
         workdir=workdir,
         model=LlamaConfig(
-            vocabulary_size=300, width=16, depth=2, heads=2, key_value_heads=1, head_size=8, feed_forward_size=32,
+            vocabulary_size=300, width=16, depth=1, heads=2, key_value_heads=1, head_size=8, feed_forward_size=32,
             attention=attention,
         ),
         data=DataConfig(
-            source="text", path=(CORPUS,), sequence_length=32, batch_size=8, tokenizer="train",
-            tokenizer_vocabulary=300, packing="segments",
+            source="text", path=(CORPUS,), sequence_length=16, batch_size=8, tokenizer="train",
+            tokenizer_vocabulary=300,
         ),
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, schedule="constant"),
-        train=TrainConfig(steps=10, evaluate_every=0, evaluate_batches=2, log_every=5),
-        mesh=MeshConfig(data=2, fsdp=4),
+        train=TrainConfig(steps=10, evaluate_every=0, evaluate_batches=1, log_every=5),
     )
 """
 
 
-def test_a_trained_hybrid_goes_to_hugging_face(tmp_path, capsys):
+def test_a_trained_model_goes_to_hugging_face(tmp_path, capsys):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "abc " * (i % 9 + 1) + str(i) * 3}) + "\n" for i in range(150)))
     (tmp_path / "config.py").write_text(CONFIG.replace("CORPUS", repr(str(corpus))))
