@@ -1,7 +1,8 @@
 """FLASH-110M on wiki40b/en, the setting of the official training script.
 
 The paper calls it 110M; at this depth and tokenizer it has 165M parameters, 87M of them outside embedding and head.
-One device of 16 GB: --config.train.microbatches=16 --config.model.remat=full
+As it is, a step holds 128 rows of activations over all devices, as on the official eight GPUs. One device:
+--config.train.microbatches=16 --config.model.remat=full, 16 rows in 5 GiB (compiled for a CPU, no accelerator tried).
 Rows of the ablation table: --config.model.attention=local_grouped (any name of lin_jax.config.ABLATIONS)
 """
 

@@ -13,6 +13,11 @@ from lin_jax.layers.stack import run_layers, stack_layers
 DEPTH, C = 3, 4
 
 
+def bend(x):
+    """Several steps, each of which has an output to keep for the backward pass."""
+    return jnp.tanh(jnp.sin(jnp.tanh(jnp.sin(x))))
+
+
 class Layer(nnx.Module):
     """A layer with a matrix, a constant and a further argument."""
 
@@ -21,7 +26,7 @@ class Layer(nnx.Module):
         self.offset = Constant(jax.random.normal(rngs.params(), (C,)))
 
     def __call__(self, x, factor):
-        return x + factor * jnp.tanh(self.linear(x) + self.offset[...][None])
+        return x + factor * bend(self.linear(x) + self.offset[...][None])
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def layers():
 def by_loop(layers, x, factor):
     for index in range(DEPTH):
         kernel, bias, offset = layers.linear.kernel[index], layers.linear.bias[index], layers.offset[index]
-        x = x + factor * jnp.tanh(x @ kernel + bias[None] + offset[None])
+        x = x + factor * bend(x @ kernel + bias[None] + offset[None])
     return x
 
 

@@ -58,7 +58,7 @@ def test_equals_the_equations_written_in_numpy(implementation, local_groups):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-@hypothesis.settings(max_examples=5)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(data=st.data())
 def test_equals_the_reference_in_values_and_gradients(implementation, causal, segments, data):
     """Invariant 5."""
@@ -88,7 +88,7 @@ def test_gradients_equal_finite_differences():
             assert abs(float(plus - minus) / 2e-2 - expected) < 1e-2 * max(1.0, abs(expected)), name
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(implementation=every, case=cases(causal=True), seed=st.integers(0, 1000))
 def test_no_token_sees_a_later_one_or_another_segment(implementation, case, seed):
     """Invariant 1: the derivative is exactly 0."""
@@ -108,7 +108,7 @@ def test_no_token_sees_a_later_one_or_another_segment(implementation, case, seed
             assert np.all(np.asarray(x)[unseen] == 0), name
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(implementation=every, case=cases(causal=True, segments=False), seed=st.integers(0, 1000))
 def test_continuing_from_a_state_is_the_whole_row(implementation, case, seed):
     """Invariant 2: any cut of a row gives the same outputs and the same final state."""
@@ -132,7 +132,7 @@ def test_step_by_step_is_the_whole_row(options):
     assert_states_equal(state, expected_state)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
     implementation=every,
     case=cases(causal=True, segments=False),
@@ -154,7 +154,7 @@ def test_rows_of_unequal_length_continue_from_their_own_state(implementation, ca
     assert relative_error(y, expected) < 1e-5
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(implementation=every, case=cases(segments=False), before=st.integers(0, 9), after=st.integers(0, 9))
 def test_padding_and_packing_change_nothing(implementation, case, before, after):
     """Invariant 4: a sequence with padding or other documents around it gives what it gives alone."""

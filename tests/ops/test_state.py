@@ -101,6 +101,7 @@ def test_the_size_does_not_depend_on_the_tokens_before():
     x = jnp.ones((1, 40, 2, 4))
     empty = empty_state(x, x, group_size=4, local_groups=2, taps=3)
     layout = token_layout(jnp.ones((1, 40), jnp.int32), empty.length_B)
-    full = advance(empty, x, x, None, layout, group_size=4, local_groups=2, feature_map="identity")
+    options = {"group_size": 4, "local_groups": 2, "feature_map": "identity"}
+    full = jax.jit(lambda state: advance(state, x, x, None, layout, **options))(empty)
     assert [x.shape for x in jax.tree.leaves(full)] == [x.shape for x in jax.tree.leaves(empty)]
     assert full.grouped_key_BSKP is None

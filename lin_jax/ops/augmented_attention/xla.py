@@ -65,6 +65,17 @@ class _Blocks:
     tail: int
 
 
+class _Bands(NamedTuple):
+    """Entries of the weight matrices that depend on the distance alone, made once for all blocks.
+
+    [1, 1, K, J, G, S] for the window's slots, [1, 1, K, J, G, tail] for the values before it.
+    """
+
+    bias: Array | None
+    taps: Array | None
+    tail_taps: Array | None
+
+
 class _States(NamedTuple):
     """States [B, n, K, P, E] of all tokens before (or after) each block's window, and the run they belong to."""
 
@@ -84,6 +95,7 @@ def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
     blocks = _cut(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
     chunks = -(-T // (blocks.count * G))
     queries, tokens = _pad(inputs, chunks * blocks.count * G)
+    bands = _bands(inputs, blocks)
 
     @jax.checkpoint
     def chunk(carry, chunk_inputs):
@@ -91,7 +103,7 @@ def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
         queries, tokens = chunk_inputs
         known = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), before, tokens)
         states = _states_before(inputs, blocks, known, state, state_run)
-        y = _outputs(inputs, blocks, queries, known, [_States(states.state[:, :-1], states.run[:, :-1])])
+        y = _outputs(inputs, blocks, bands, queries, known, [_States(states.state[:, :-1], states.run[:, :-1])])
         after = jax.tree.map(lambda x, y: _last(x, y.shape[1]), known, before)
         return (after, states.state[:, -1], states.run[:, -1]), y
 
@@ -129,7 +141,8 @@ def _bidirectional(inputs: Inputs) -> Float[Array, "B T H E"]:
             _States(before.state[:, :-1], before.run[:, :-1]),
             _States(after.state[:, -2::-1], after.run[:, -2::-1]),
         ]
-    return jax.checkpoint(_outputs, static_argnums=(0, 1))(inputs, blocks, queries, known, states)[:, :T]
+    bands = _bands(inputs, blocks)
+    return jax.checkpoint(_outputs, static_argnums=(0, 1))(inputs, blocks, bands, queries, known, states)[:, :T]
 
 
 def _cut(inputs: Inputs, count: int) -> _Blocks:
@@ -214,6 +227,19 @@ def _toeplitz(by_distance: Float[Array, "X H"], zero: int, rows: int, columns: i
     return skewed[..., :columns].reshape(1, 1, heads, -1, rows, columns)
 
 
+def _bands(inputs: Inputs, blocks: _Blocks) -> _Bands:
+    G, R, K = inputs.group_size, inputs.local_groups, inputs.k_BTKD.shape[2]
+    slots, back = (blocks.back + 1 + blocks.ahead) * G, blocks.back * G
+    bias = taps = tail_taps = None
+    if inputs.bias_XH is not None and inputs.local != "none":
+        bias = _toeplitz(inputs.bias_XH, 0 if inputs.causal else R * G - 1, G, slots, back, K)
+    if inputs.conv_WH is not None:
+        taps = _toeplitz(inputs.conv_WH, 0, G, slots, back, K)
+        if blocks.tail:
+            tail_taps = _toeplitz(inputs.conv_WH, 0, G, blocks.tail, back + blocks.tail, K)
+    return _Bands(bias, taps, tail_taps)
+
+
 def _group_queries(x: Array, blocks: _Blocks, K: int) -> Array:
     """[B, n * G, H, D] to [B, n, K, J, G, D]."""
     B, _, H, D = x.shape
@@ -255,37 +281,35 @@ def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) 
 
 
 def _outputs(
-    inputs: Inputs, blocks: _Blocks, queries: _Queries, known: _Tokens, states: list[_States]
+    inputs: Inputs, blocks: _Blocks, bands: _Bands, queries: _Queries, known: _Tokens, states: list[_States]
 ) -> Float[Array, "B A H E"]:
     """Outputs of `blocks.count` blocks, given the tokens around them and the states beyond those."""
     G, (B, A, H, _), K = inputs.group_size, queries.query.shape, known.key.shape[2]
     dtype = known.value.dtype
     window = jax.tree.map(lambda x: _windows(x[:, blocks.tail :], blocks, G), known)
     masks = _masks(inputs, blocks, queries, window)
-    back = blocks.back * G
     phi = FEATURE_MAPS[inputs.feature_map]
     alpha = inputs.alpha_H.reshape(1, 1, K, H // K, 1, 1)
 
     weights = jnp.zeros(())
     query = _group_queries(queries.query, blocks, K)
     if inputs.local != "none":
-        weights += _local_weights(inputs, query, window, masks.local, back)
+        weights += _local_weights(inputs, query, window, masks.local, bands.bias)
     if inputs.grouped:
         phi_query = phi(query if queries.grouped_query is None else _group_queries(queries.grouped_query, blocks, K))
         if masks.grouped is not None:
             phi_key = _group_keys(phi(window.key if window.grouped_key is None else window.grouped_key))
             score = _product("bnkjgp,bnksp->bnkjgs", phi_query, phi_key)
             weights += jnp.where(masks.grouped, alpha * score, 0)
-    if inputs.conv_WH is not None:
-        taps = _toeplitz(inputs.conv_WH, 0, G, window.run.shape[2], back, K)
-        weights += taps if masks.same is None else jnp.where(masks.same, taps, 0)
+    if bands.taps is not None:
+        weights += bands.taps if masks.same is None else jnp.where(masks.same, bands.taps, 0)
 
     y = jnp.zeros((B, blocks.count, K, H // K, G, known.value.shape[-1]), jnp.float32)
     if weights.ndim:
         weights = jnp.broadcast_to(weights, (B, blocks.count, K, H // K, *weights.shape[-2:]))
         y += _product("bnkjgs,bnkse->bnkjge", weights.astype(dtype), _group_keys(window.value))
-    if inputs.conv_WH is not None and blocks.tail:
-        y += _tail_convolution(inputs, inputs.conv_WH, blocks, queries, known)
+    if bands.tail_taps is not None:
+        y += _tail_convolution(inputs, blocks, bands.tail_taps, queries, known)
     if inputs.grouped:
         for beyond in states:
             far = _product("bnkjgp,bnkpe->bnkjge", phi_query, beyond.state.astype(phi_query.dtype))
@@ -297,22 +321,19 @@ def _outputs(
     return y if masks.same is None else jnp.where((queries.run >= 0)[..., None, None], y, 0)
 
 
-def _local_weights(inputs: Inputs, query: Array, window: _Tokens, mask: Array, back: int) -> Array:
+def _local_weights(inputs: Inputs, query: Array, window: _Tokens, mask: Array, bias: Array | None) -> Array:
     """a(q, k) for all slots of the window, [B, n, K, J, G, S] in float32."""
-    K, G, S = query.shape[2], query.shape[4], window.run.shape[2]
     score = inputs.score_scale * _product("bnkjgd,bnksd->bnkjgs", query, _group_keys(window.key))
-    if inputs.bias_XH is not None:
-        zero = 0 if inputs.causal else inputs.local_groups * G - 1
-        score += _toeplitz(inputs.bias_XH, zero, G, S, back, K)
+    if bias is not None:
+        score += bias
     return masked_activation(inputs.local, score, mask)
 
 
 def _tail_convolution(
-    inputs: Inputs, conv_WH: Array, blocks: _Blocks, queries: _Queries, known: _Tokens
+    inputs: Inputs, blocks: _Blocks, taps: Array, queries: _Queries, known: _Tokens
 ) -> Float[Array, "B n K J G E"]:
     """The taps that reach before the window."""
-    G, K = inputs.group_size, known.key.shape[2]
-    taps = _toeplitz(conv_WH, 0, G, blocks.tail, blocks.back * G + blocks.tail, K).astype(known.value.dtype)
+    G, taps = inputs.group_size, taps.astype(known.value.dtype)
     values = _group_keys(_tails(known.value, blocks, G))
     if inputs.aligned:
         return _product("kjgu,bnkue->bnkjge", taps[0, 0], values)
