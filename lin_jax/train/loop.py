@@ -96,6 +96,11 @@ def _train(parts: Parts, iterator: Any, report: Report) -> Result:
     restored = checkpoint.restore(config, abstract, iterator, report)
     state = restored.state if restored.state is not None else _new_state(parts)
     step = int(state.step)
+    require(
+        step <= config.train.steps,
+        f"the newest checkpoint in {config.workdir} is of step {step}, beyond train.steps={config.train.steps}: raise "
+        "that, or choose another --config.workdir",
+    )
     _open_workdir(parts, step)
     log = MetricsLog(
         config.workdir,

@@ -274,6 +274,12 @@ def test_free_settings_may_change_and_a_finished_run_stays_as_it_is(config):
     assert longer.step == 9 and [line["step"] for line in curve(config) if "loss" in line] == list(range(1, 10))
 
 
+def test_a_checkpoint_beyond_the_end_is_refused(config):
+    train(change(config, "train.steps=7"))
+    with pytest.raises(ConfigError, match=r"is of step 7, beyond train\.steps=6"):
+        train(change(config, "train.steps=6"))
+
+
 def test_last_and_best_checkpoints_are_kept(config, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
     values = ({"validation_loss": loss, "perplexity": 1.0, "bits_per_byte": 1.0} for loss in losses)
