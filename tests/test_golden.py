@@ -124,11 +124,11 @@ def check_transformer(case: Golden) -> None:
     (loss, logits), gradient = run(state)
     assert np.abs(logits - expected["logits"]).max() < 1e-4
     assert abs(float(loss) - float(expected["loss"])) < 1e-5 * max(1.0, abs(float(expected["loss"])))
-    # The official sum over earlier groups is "all so far minus own". With NORM_GLOBAL the gradient of the first group,
-    # which has nothing to sum, is 1e5 times as large and should cancel; in float32 it leaves 1% of noise behind.
-    tolerance = 2e-2 if model.config.attention.normalise_grouped else 1e-3
     ours = to_theirs(table, parameters(nnx.merge(graph, gradient)), model.config.depth)
-    compare_gradients(ours, case.arrays("grad"), tolerance)
+    if model.config.attention.normalise_grouped:
+        compare_gradients(ours, case.arrays("grad"), 2e-2)
+        pytest.xfail("gradients of keys differ by 1%, not 1e-3: presumably rounding in the official sum, not proved")
+    compare_gradients(ours, case.arrays("grad"))
 
 
 def compare_gradients(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
