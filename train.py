@@ -12,6 +12,7 @@ import jax
 from lin_jax.config import ConfigError
 from lin_jax.overrides import config_parser, load_config
 from lin_jax.train.loop import describe, show_sharding, train
+from lin_jax.train.plan import plan, use_virtual_devices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(known.config, overrides)
         if known.distributed:
             jax.distributed.initialize()
-        if config.show_sharding:
-            print(show_sharding(config))
+        if config.plan:
+            use_virtual_devices(config)
+        if config.plan or config.show_sharding:
+            print(plan(config) if config.plan else show_sharding(config))
             return 0
         result = train(config, report=lambda line: print(line, flush=True))
     except ConfigError as error:

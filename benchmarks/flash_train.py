@@ -27,7 +27,7 @@ from lin_jax.models.registry import create_model
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import make_mesh
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, make_structure, state_shardings
-from lin_jax.train.step import LossSettings, make_train_step
+from lin_jax.train.step import LossSettings, language_model_loss, make_train_step
 
 TOLERANCE = 1e-4
 LEARNING_RATE = 1e-4
@@ -68,9 +68,10 @@ def make_program(options: argparse.Namespace) -> Program:
     optimizer = make_optimizer(settings, steps=1, decay=True)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     shardings = state_shardings(structure, optimizer, mesh)
-    loss = LossSettings(loss_chunk=TrainConfig().loss_chunk, z_loss=0.0, use_segments=False)
+    loss_settings = LossSettings(loss_chunk=TrainConfig().loss_chunk, z_loss=0.0, use_segments=False)
+    loss = language_model_loss(structure, loss_settings, mesh)
     schedule = learning_rate_schedule(settings, steps=1)
-    step = make_train_step(structure, optimizer, schedule, loss, 1, shardings, mesh)
+    step = make_train_step(loss, optimizer, schedule, 1, shardings, mesh)
     return Program(structure, optimizer, shardings, step)
 
 

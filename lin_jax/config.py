@@ -6,6 +6,7 @@ fields when it is made, so that a wrong value is refused before anything is read
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -345,7 +346,9 @@ class DataConfig:
         "strict", "bytes that are not UTF-8: refuse the file, or replace them by U+FFFD"
     )
     tokenizer: str = setting(
-        "bytes", "bytes; train (a byte-level BPE is learned from the corpus); or a Hugging Face directory or name"
+        "bytes",
+        "bytes; train (a byte-level BPE is learned from the corpus); checkpoint (that of finetune.checkpoint); or a "
+        "Hugging Face directory or name",
     )
     tokenizer_vocabulary: int = setting(4096, "tokenizer=train: size of the learned vocabulary")
     sequence_length: int = setting(1024, "tokens T in a row")
@@ -377,6 +380,11 @@ class OptimizerConfig:
 
     peak_learning_rate: float = setting(7e-4, "learning rate after warmup")
     end_learning_rate: float = setting(0.0, "learning rate that linear and cosine schedules reach after the last step")
+    alpha_rate: float = setting(
+        1.0,
+        "learning rate of alpha, the weight of the grouped branch, as a multiple of the others': alpha weighs a sum "
+        "over all earlier tokens, so useful values are small",
+    )
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "course of the learning rate after warmup")
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     beta1: float = setting(0.9, "decay of the mean of gradients")
@@ -387,7 +395,7 @@ class OptimizerConfig:
     z_loss: float = setting(0.0, "weight of the squared log of the softmax denominator, added to the loss")
 
     def __post_init__(self):
-        _require_positive(self, "peak_learning_rate", "epsilon")
+        _require_positive(self, "peak_learning_rate", "alpha_rate", "epsilon")
         _require_at_least_zero(self, "end_learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "z_loss")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -411,6 +419,63 @@ class TrainConfig:
         _require_positive(self, "steps", "microbatches", "loss_chunk", "log_every", "max_skipped")
         _require_at_least_zero(self, "evaluate_every", "evaluate_batches")
         require(0 <= self.seed < 2**32, f"seed must lie between 0 and 2**32 - 1, but is {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021): a product of two thin matrices added to a frozen one."""
+
+    rank: int = setting(0, "rank of the added matrices; 0: no adapters")
+    alpha: float = setting(16.0, "the added matrix is scaled by alpha / rank")
+    targets: tuple[str, ...] = setting(
+        ("query", "key", "value", "output"),
+        "projections that get adapters, by name; GPT-2's are query_key_value, output, up, down",
+    )
+
+    def __post_init__(self):
+        _require_at_least_zero(self, "rank")
+        _require_positive(self, "alpha")
+        require(bool(self.targets) or self.rank == 0, "targets is empty: name projections, or set rank to 0")
+
+
+TrainedGroup = Literal["all", "new", "norm", "embedding", "attention", "feed_forward", "head"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Training that starts from a model, and which of its parameters it changes."""
+
+    checkpoint: str = setting(
+        "", "run of lin_jax, also one that convert_weights.py wrote, to start from; empty: random parameters"
+    )
+    train: tuple[TrainedGroup, ...] = setting(
+        ("all",),
+        "what trains besides adapters: all, or some of new (what linearized attention adds), norm, embedding, "
+        "attention (with its projections), feed_forward, head; the rest is frozen",
+    )
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters")
+    frozen_dtype: Literal["float32", "bfloat16"] = setting("float32", "type in which frozen parameters are held")
+    objective: Literal["language_model", "attention_transfer"] = setting(
+        "language_model",
+        "language_model: predict the next token; attention_transfer: every linearized layer learns to give the output "
+        "of the softmax attention that it replaces, which goes on to the next layer (mean squared error)",
+    )
+
+    def __post_init__(self):
+        require(bool(self.train) or self.lora.rank > 0, "train is empty and there are no adapters: nothing to train")
+        require(
+            self.lora.rank == 0 or "all" not in self.train,
+            "train=all leaves nothing for adapters: say what trains besides them, such as new,norm,embedding",
+        )
+        if self.objective == "attention_transfer":
+            require(
+                set(self.train) <= {"new", "attention"},
+                f"train={','.join(self.train)} does not suit objective=attention_transfer, in which only attention "
+                "learns: give new, attention or both",
+            )
+        if not self.checkpoint:
+            plain = self.train == ("all",) and self.lora.rank == 0 and self.objective == "language_model"
+            require(plain, "checkpoint is empty, but random parameters must all train: give the run to start from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -449,12 +514,19 @@ class Config:
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the training loop")
+    finetune: FinetuneConfig = section(FinetuneConfig, "a model to start from, and what of it is trained")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     mesh: MeshConfig = section(MeshConfig, "devices")
     profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
     show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
+    plan: str = setting(
+        "", "cpu:N: compile the training step for N virtual devices without any parameters, print its memory, and stop"
+    )
 
     def __post_init__(self):
+        require(
+            re.fullmatch(r"(cpu:[1-9]\d*)?", self.plan) is not None, f"plan must look like cpu:8, but is {self.plan}"
+        )
         require(
             self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",
             "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
@@ -463,6 +535,17 @@ class Config:
             self.data.batch_size % self.train.microbatches == 0,
             f"data.batch_size={self.data.batch_size} is not divisible by train.microbatches={self.train.microbatches}",
         )
+        require(
+            self.data.tokenizer != "checkpoint" or bool(self.finetune.checkpoint),
+            "data.tokenizer=checkpoint needs finetune.checkpoint",
+        )
+        if self.finetune.objective == "attention_transfer":
+            kind = self.model.attention.kind
+            require(
+                isinstance(self.model, TransformerConfig) and kind != "softmax",
+                f"finetune.objective=attention_transfer is for linearized LLaMA and GPT-2, not for "
+                f"{self.model.architecture} with model.attention.kind={kind}",
+            )
         require(
             not isinstance(self.model, Gpt2Config) or self.data.sequence_length <= self.model.positions,
             f"data.sequence_length={self.data.sequence_length} is more than the model's "

@@ -9,7 +9,7 @@ from lin_jax.layers.parameter import parameter, uniform
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, computed in the type of x."""
+    """y = x kernel + bias, computed in the type of x; an adapter may add to it, see `lin_jax.layers.lora`."""
 
     def __init__(
         self,
@@ -30,10 +30,11 @@ class Linear(nnx.Module):
             start = jnp.zeros(outputs) if bias else None
         self.kernel = parameter(kernel, axes, decay=True)
         self.bias = None if start is None else parameter(start, axes[1:])
+        self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Applies the map."""
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
-        if self.bias is None:
-            return y
-        return y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return y if self.adapter is None else y + self.adapter(x)

@@ -1,5 +1,7 @@
 """Parameters that say how they are sharded and whether they decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,12 @@ def parameter(value: Array, axes: tuple[str | None, ...], decay: bool = False) -
         decay: whether weight decay applies: True for matrices, False for biases, norms, scales and filters.
     """
     return nnx.Param(value, axes=axes, decay=decay)
+
+
+def parameters_by_path(model: Any) -> dict[str, Any]:
+    """The arrays of all parameters, or what stands for them, by path joined by dots."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 class Constant(nnx.Variable):

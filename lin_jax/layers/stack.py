@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -23,13 +23,13 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) 
 
 
 def run_layers(
-    layers: nnx.Module, x: Array, *shared: Any, remat: str = "none", kinds: Sequence[str] | None = None
-) -> Array:
+    layers: nnx.Module, x: Carry, *shared: Any, remat: str = "none", kinds: Sequence[str] | None = None
+) -> Carry:
     """x through all layers in turn, each called as `layer(x, *shared)`, or `layer(x, *shared, kind)` with `kinds`.
 
     Args:
         layers: from `stack_layers`.
-        x: input of the first layer.
+        x: input of the first layer, an array or a tree of them.
         shared: further arguments, the same for all layers.
         remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but its products with
             parameters).

@@ -34,10 +34,17 @@ class Gpt2Layer(nnx.Module):
 
     def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, kind: str) -> Float[Array, "B T C"]:
         """Applies the layer."""
+        return self.feed(x_BTC + self.attend(x_BTC, rows, kind))
+
+    def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, kind: str) -> Float[Array, "B T C"]:
+        """What the attention adds."""
         B, T, C = x_BTC.shape
         joint = self.query_key_value(self.attention_norm(x_BTC))
         q, k, v = (x.reshape(B, T, self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
-        x_BTC += self.output(self.mixing(q, k, v, rows, kind).reshape(B, T, C))
+        return self.output(self.mixing(q, k, v, rows, kind).reshape(B, T, C))
+
+    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """x with what the feed-forward layer adds."""
         # gelu_new is the approximation by tanh.
         wide_BTF = jax.nn.gelu(self.up(self.feed_forward_norm(x_BTC)), approximate=True)
         return x_BTC + self.down(wide_BTF)
@@ -71,13 +78,20 @@ class Gpt2(nnx.Module):
         Raises:
             ConfigError: T exceeds the positions that the model knows.
         """
+        config = self.config
+        x_BTC, rows = self.embed(tokens_BT, segment_ids_BT)
+        kinds = layer_kinds(config.attention, config.depth)
+        return self.norm(run_layers(self.layers, x_BTC, rows, remat=config.remat, kinds=kinds))
+
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T C"], Rows]:
+        """What the first layer reads, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
         require(config.positions >= T, f"rows of {T} tokens are longer than the model's positions={config.positions}")
         rows = place(segment_ids_BT, (B, T), "exact")
         x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][rows.position_BT]
-        kinds = layer_kinds(config.attention, config.depth)
-        x_BTC = run_layers(self.layers, x_BTC.astype(config.dtype), rows, remat=config.remat, kinds=kinds)
-        return self.norm(x_BTC)
+        return x_BTC.astype(config.dtype), rows
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""

@@ -73,7 +73,14 @@ class LlamaLayer(nnx.Module):
         self, x_BTC: Float[Array, "B T C"], rows: Rows, rotation: Rotation, kind: str
     ) -> Float[Array, "B T C"]:
         """Applies the layer."""
-        x_BTC += self.attention(self.attention_norm(x_BTC), rows, rotation, kind)
+        return self.feed(x_BTC + self.attend(x_BTC, rows, rotation, kind))
+
+    def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, rotation: Rotation, kind: str) -> Float[Array, "B T C"]:
+        """What the attention adds."""
+        return self.attention(self.attention_norm(x_BTC), rows, rotation, kind)
+
+    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """x with what the feed-forward layer adds."""
         return x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
 
 
@@ -99,12 +106,19 @@ class Llama(nnx.Module):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
         """
+        config = self.config
+        x_BTC, *shared = self.embed(tokens_BT, segment_ids_BT)
+        kinds = layer_kinds(config.attention, config.depth)
+        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds))
+
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T C"], Rows, Rotation]:
+        """What the first layer reads, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
         rows = place(segment_ids_BT, (B, T), "exact")
         turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
-        x_BTC = self.embedding[...][tokens_BT].astype(config.dtype)
-        kinds = layer_kinds(config.attention, config.depth)
-        return self.norm(run_layers(self.layers, x_BTC, rows, turn, remat=config.remat, kinds=kinds))
+        return self.embedding[...][tokens_BT].astype(config.dtype), rows, turn
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""

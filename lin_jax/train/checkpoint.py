@@ -1,8 +1,9 @@
 """Checkpoints: model, optimizer, data position and settings, saved while training goes on.
 
-A checkpoint is a directory `workdir/checkpoints/STEP` with four items: `model` (parameters and constants), `training`
-(step and optimizer), `data` (the iterator's position) and `meta` (settings, and a checksum of every array, since a
-changed byte inside an array is read back without complaint).
+A checkpoint is a directory `workdir/checkpoints/STEP` with four items: `model` (trained parameters and constants),
+`training` (step and optimizer), `data` (the iterator's position) and `meta` (settings, and a checksum of every array,
+since a changed byte inside an array is read back without complaint). Frozen parameters stay where they came from, in
+`finetune.checkpoint`; `meta` has their checksums.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
@@ -21,10 +23,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from lin_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, require
 from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
-from lin_jax.models.registry import create_model
+from lin_jax.layers.lora import ADAPTER, merge_lora
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.overrides import config_from_dict, config_to_dict
 from lin_jax.train.sharding import make_mesh, replicated
-from lin_jax.train.state import TrainState, make_structure
+from lin_jax.train.state import Structure, TrainState, initial_state
+from lin_jax.train.trainable import NEW, structure_of
 
 Report = Callable[[str], None]
 
@@ -34,6 +38,7 @@ FREE_SETTINGS = (
     "workdir",
     "profile",
     "show_sharding",
+    "plan",
     "mesh",
     "checkpoint",
     "data.tfds_directory",
@@ -41,6 +46,7 @@ FREE_SETTINGS = (
     "model.dtype",
     "model.remat",
     "model.attention.implementation",
+    "finetune.checkpoint",  # It may be moved; what is frozen must have the same checksums.
     "train.steps",
     "train.microbatches",
     "train.loss_chunk",
@@ -49,6 +55,10 @@ FREE_SETTINGS = (
     "train.evaluate_batches",
     "train.max_skipped",
 )
+
+
+# Settings of a model that may differ from those of the model it starts from; the rest says what its parameters are.
+_FREE_OF_BASE = ("attention", "dtype", "remat", "rope", "positions", "padding", "score_scale")
 
 
 def checkpoints_directory(workdir: str) -> epath.Path:
@@ -86,17 +96,19 @@ class Restored:
     unreadable: tuple[int, ...] = ()
 
 
-def restore(config: Config, abstract: TrainState, iterator: Any, report: Report) -> Restored:
+def restore(config: Config, abstract: TrainState, frozen: Any, iterator: Any, report: Report) -> Restored:
     """The newest checkpoint that can be read, on the devices that `abstract` names; nothing is written.
 
     Args:
         config: the settings of the run that wants to go on.
         abstract: shapes, types and shardings of the state; the mesh may differ from the one that saved it.
+        frozen: the parameters that do not train, which checkpoints do not hold.
         iterator: the data iterator, which is set to its position.
         report: is told of checkpoints that cannot be read.
 
     Raises:
-        ConfigError: the checkpoint is one of other settings, or there are some but none can be read.
+        ConfigError: the checkpoint is one of other settings or of other frozen parameters, or there are some but none
+            can be read.
     """
     directory = checkpoints_directory(config.workdir)
     unreadable: list[int] = []
@@ -106,7 +118,9 @@ def restore(config: Config, abstract: TrainState, iterator: Any, report: Report)
             try:
                 meta = _read_meta(manager, step)
                 _require_same_settings(meta["config"], config)
-                return Restored(_restore_state(manager, step, meta, abstract, iterator), tuple(unreadable))
+                _require_same_frozen(frozen, meta, config)
+                state = _restore_state(manager, step, meta, abstract, iterator)
+                return Restored(dataclasses.replace(state, frozen=frozen), tuple(unreadable))
             except ConfigError:
                 raise
             except Exception as error:  # Damage shows as nearly any type of error.
@@ -132,14 +146,15 @@ def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState,
     )
     _require_checksums({"model": found["model"], "training": found["training"]}, meta)
     iterator.set_state(found["data"])
-    return TrainState(**found["model"], **found["training"])
+    return TrainState(**found["model"], **found["training"], frozen={})
 
 
 class Checkpoints:
     """Saves a run's state in the background, and survives a disk that is full."""
 
-    def __init__(self, config: Config, restored: Restored, report: Report):
+    def __init__(self, config: Config, restored: Restored, frozen: Any, report: Report):
         self._config, self._report = config, report
+        self._frozen_checksums = _checksums(frozen)
         self._directory = checkpoints_directory(config.workdir)
         self._set_aside(restored.unreadable)
         self._manager = _writer(self._directory, config.checkpoint)
@@ -178,6 +193,7 @@ class Checkpoints:
     def _start(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None) -> None:
         model, training = _items(state)
         checksums = {name: _checksums(item) for name, item in (("model", model), ("training", training))}
+        checksums["frozen"] = self._frozen_checksums
         self._running = step
         self._manager.save(
             step,
@@ -260,6 +276,8 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokeniz
         for candidate in steps:
             try:
                 config, model = _load_step(manager, candidate, mesh)
+            except ConfigError:
+                raise
             except Exception as error:  # Damage shows as nearly any type of error.
                 problem = _first_line(error)
                 continue
@@ -270,14 +288,87 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokeniz
 def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]:
     meta = _read_meta(manager, step)
     config = config_from_dict(meta["config"])
-    structure = make_structure(lambda rngs: create_model(config.model, rngs))
+    structure = structure_of(config)
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
     shardings = (structure.parameter_shardings(mesh), jax.tree.map(lambda _: replicated(mesh), shapes[1]))
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    item = ocp.args.StandardRestore({"parameters": abstract[0], "constants": abstract[1]})
+    item = ocp.args.StandardRestore({"parameters": structure.split(abstract[0])[0], "constants": abstract[1]})
     found = manager.restore(step, args=ocp.args.Composite(model=item))["model"]
     _require_checksums({"model": found}, meta)
-    return config, structure.merge(found["parameters"], found["constants"])
+    frozen = _load_frozen(config, structure, mesh)
+    _require_same_frozen(frozen, meta, config)
+    return config, structure.merge(structure.join(found["parameters"], frozen), found["constants"])
+
+
+def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
+    """The parameters that a run does not train, as it held them."""
+    if not structure.has_frozen:
+        return {}
+    base = load_base(config, structure, mesh)
+    shardings = structure.split(structure.parameter_shardings(mesh))[1]
+    start = jax.jit(
+        lambda seed, known: initial_state(structure, optax.identity(), seed, known).frozen, out_shardings=shardings
+    )
+    return start(jnp.uint32(config.train.seed), base)
+
+
+def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax.Array]:
+    """The parameters of `config.finetune.checkpoint`, adapters merged, by path joined by dots.
+
+    Parameters of linearized attention may be missing or left over; those that are left over are left out.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another model than `config.model`.
+    """
+    path = config.finetune.checkpoint
+    check_base(path)
+    model, _, base = load_model(path, mesh)
+    _require_same_model(base, config)
+    merge_lora(model)
+    found, wanted = parameters_by_path(model), parameters_by_path(structure.abstract_parameters)
+    missing = [name for name in wanted if name not in found and not _is_new(name)]
+    unused = [name for name in found if name not in wanted and not _is_new(name)]
+    require(not missing, f"finetune.checkpoint: {path} has no {', '.join(missing[:3])}")
+    require(not unused, f"finetune.checkpoint: the model has no place for {', '.join(unused[:3])} of {path}")
+    used = {name: array for name, array in found.items() if name in wanted}
+    for name, array in used.items():
+        shape = wanted[name].shape
+        require(array.shape == shape, f"finetune.checkpoint: {name} is {array.shape} in {path}, but here {shape}")
+    return used
+
+
+def check_base(path: str) -> None:
+    """Raise `ConfigError` where there is no run at `path`, a value of `finetune.checkpoint`."""
+    directory = epath.Path(path)
+    require(directory.exists(), f"finetune.checkpoint: {path} does not exist")
+    plain = (directory / "config.json").exists() and not (directory / "checkpoints").exists()
+    convert = f"python convert_weights.py --input {path} --output RUN"
+    require(not plain, f"finetune.checkpoint: {path} is not a run of lin_jax; convert it first: {convert}")
+
+
+def _is_new(name: str) -> bool:
+    """Whether a parameter is one of linearized attention or of an adapter."""
+    return name.rpartition(".")[2] in NEW or ADAPTER in name.split(".")
+
+
+def _require_same_model(base: Config, config: Config) -> None:
+    """Raise `ConfigError` naming the first setting of the model that another attention does not explain."""
+    old, new = config_to_dict(base.model), config_to_dict(config.model)
+    for name, value in new.items():
+        require(
+            name in _FREE_OF_BASE or old.get(name) == value,
+            f"config.model.{name} is {value}, but the model in finetune.checkpoint={config.finetune.checkpoint} has "
+            f"{old.get(name)}",
+        )
+
+
+def _require_same_frozen(frozen: Any, meta: Mapping[str, Any], config: Config) -> None:
+    saved = meta["checksums"].get("frozen", {})
+    require(
+        _checksums(frozen) == saved,
+        f"the parameters in finetune.checkpoint={config.finetune.checkpoint} are not those that the run in "
+        f"{config.workdir} was started from: put them back, or choose another --config.workdir",
+    )
 
 
 def _workdir_and_step(path: str) -> tuple[str, int | None]:

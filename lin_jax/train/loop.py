@@ -21,18 +21,19 @@ from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.models.flops import training_flops_per_token
-from lin_jax.models.registry import create_model
 from lin_jax.train import checkpoint, sharding
 from lin_jax.train.metrics import MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.record import write_run_record
-from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, make_structure, state_shardings
-from lin_jax.train.step import LossSettings, make_evaluation_step, make_train_step
+from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
+from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
+from lin_jax.train.trainable import structure_of
+from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
 
-_BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
 # A trace of these steps after a start: compilation is over, and the file stays small.
 _PROFILED_STEPS = (3, 6)
 
@@ -51,14 +52,44 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of, before anything is written."""
+    """What is computed in a run, without its numbers."""
 
     config: Config
     mesh: Mesh
     structure: Structure
     optimizer: optax.GradientTransformation
     shardings: TrainState
-    tokenizer: Tokenizer
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """How a batch becomes a loss."""
+        config = self.config
+        return LossSettings(
+            config.train.loss_chunk, config.optimizer.z_loss, use_segments=config.data.packing == "segments"
+        )
+
+
+def make_parts(config: Config, mesh: Mesh) -> Parts:
+    """The parts of a run on the devices of `mesh`."""
+    structure = structure_of(config)
+    decay, _ = structure.split(structure.metadata("decay"))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, decay)
+    return Parts(config, mesh, structure, optimizer, state_shardings(structure, optimizer, mesh))
+
+
+def make_step(parts: Parts) -> Any:
+    """The jitted update of a run."""
+    config = parts.config
+    # The objective says what is learned.
+    make_loss = transfer_loss if config.finetune.objective == "attention_transfer" else language_model_loss
+    return make_train_step(
+        make_loss(parts.structure, parts.loss_settings, parts.mesh),
+        parts.optimizer,
+        learning_rate_schedule(config.optimizer, config.train.steps),
+        config.train.microbatches,
+        parts.shardings,
+        parts.mesh,
+    )
 
 
 def train(config: Config, report: Report = print) -> Result:
@@ -73,35 +104,49 @@ def train(config: Config, report: Report = print) -> Result:
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
-    parts = _prepare(config)
-    with contextlib.closing(training_batches(config.data, parts.tokenizer, **_process())) as iterator:
-        return _train(parts, iterator, report)
+    config = _with_absolute_base(config)
+    mesh = sharding.make_mesh(config.mesh)
+    resumes, tokenizer = _prepare(config, mesh)
+    parts = make_parts(config, mesh)
+    with contextlib.closing(training_batches(config.data, tokenizer, **_process())) as iterator:
+        return _train(parts, tokenizer, resumes, iterator, report)
 
 
 def show_sharding(config: Config) -> str:
     """A table of the model's parameters: shape, how they are cut, bytes on each device."""
     mesh = sharding.make_mesh(config.mesh)
-    structure = make_structure(lambda rngs: create_model(config.model, rngs))
+    structure = structure_of(config)
     shapes, _ = jax.eval_shape(structure.initialise, jnp.uint32(0))
     return sharding.show_sharding(shapes, structure.parameter_shardings(mesh))
+
+
+def _with_absolute_base(config: Config) -> Config:
+    """The settings that are saved must name the model it started from wherever they are read."""
+    if not config.finetune.checkpoint:
+        return config
+    path = str(Path(config.finetune.checkpoint).absolute())
+    return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
 def _process() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
-def _train(parts: Parts, iterator: Any, report: Report) -> Result:
+def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, report: Report) -> Result:
     config = parts.config
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    restored = checkpoint.restore(config, abstract, iterator, report)
-    state = restored.state if restored.state is not None else _new_state(parts)
+    start = _new_state(parts) if parts.structure.has_frozen or not resumes else None
+    frozen = start.frozen if start is not None else {}
+    restored = checkpoint.restore(config, abstract, frozen, iterator, report)
+    state: Any = restored.state if restored.state is not None else start
+    del start
     step = int(state.step)
     require(
         step <= config.train.steps,
         f"the newest checkpoint in {config.workdir} is of step {step}, beyond train.steps={config.train.steps}: raise "
         "that, or choose another --config.workdir",
     )
-    _open_workdir(parts, step)
+    _open_workdir(parts, tokenizer, step)
     log = MetricsLog(
         config.workdir,
         step,
@@ -109,31 +154,36 @@ def _train(parts: Parts, iterator: Any, report: Report) -> Result:
         training_flops_per_token(config.model, config.data.sequence_length),
         report,
     )
-    saver = checkpoint.Checkpoints(config, restored, log.message)
+    saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
     try:
         with StopRequest() as stop:
-            return _Run(parts, log, saver, stop).go_on(state, step, iterator)
+            return _Run(parts, tokenizer, log, saver, stop).go_on(state, step, iterator)
     finally:
         saver.close()
         log.close()
 
 
-def _prepare(config: Config) -> Parts:
-    """Check everything that can be checked without computing, in the order of what it costs."""
+def _prepare(config: Config, mesh: Mesh) -> tuple[bool, Tokenizer]:
+    """Check everything that can be checked without computing, in the order of what it costs.
+
+    Returns:
+        Whether there is a checkpoint to go on from, and the tokenizer.
+    """
     require("://" not in config.workdir, f"config.workdir must be a local or mounted directory: {config.workdir}")
-    mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
-    tokenizer = _tokenizer(config)
+    resumes = checkpoint.has_checkpoint(config)
+    tokenizer = _tokenizer(config, resumes)
     check_data(config.data, config.model.vocabulary_size, tokenizer)
-    structure = make_structure(lambda rngs: create_model(config.model, rngs))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, structure.metadata("decay"))
-    return Parts(config, mesh, structure, optimizer, state_shardings(structure, optimizer, mesh), tokenizer)
+    return resumes, tokenizer
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
     """The tokenizer of the run that goes on; of a new one, what the settings say."""
-    if checkpoint.has_checkpoint(config):
+    if resumes:
         return restore_tokenizer(checkpoint.tokenizer_directory(config.workdir))
+    if config.data.tokenizer == "checkpoint":
+        checkpoint.check_base(config.finetune.checkpoint)
+        return restore_tokenizer(checkpoint.tokenizer_directory(config.finetune.checkpoint))
     check_vocabulary(config.data, config.model.vocabulary_size)
     with tempfile.TemporaryDirectory() as directory:  # A learned one is written here first: nothing is sure yet.
         return load_tokenizer(config.data, directory)
@@ -141,34 +191,42 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 def _new_state(parts: Parts) -> TrainState:
     """The state before the first step, made in place on the devices."""
+    config, structure = parts.config, parts.structure
+    known = checkpoint.load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
     initialise = jax.jit(
-        lambda seed: initial_state(parts.structure, parts.optimizer, seed), out_shardings=parts.shardings
+        lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )
-    return initialise(jnp.uint32(parts.config.train.seed))
+    return initialise(jnp.uint32(config.train.seed), known)
 
 
-def _open_workdir(parts: Parts, step: int) -> None:
+def _open_workdir(parts: Parts, tokenizer: Tokenizer, step: int) -> None:
     if jax.process_index() != 0:
         return
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
     try:
         Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
-        parts.tokenizer.save(checkpoint.tokenizer_directory(parts.config.workdir))
+        tokenizer.save(checkpoint.tokenizer_directory(parts.config.workdir))
         write_run_record(parts.config, step, sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)))
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
 
 
+def _count_parameters(structure: Structure) -> str:
+    shapes, _ = jax.eval_shape(structure.initialise, jnp.uint32(0))
+    total, trained = (
+        sum(math.prod(shape.shape) for shape in jax.tree.leaves(tree)) for tree in (shapes, structure.split(shapes)[0])
+    )
+    return f"{total:,} parameters" + (f", {trained:,} of them trained," if trained < total else "")
+
+
 class _Run:
     """The loop, with what it writes to."""
 
-    def __init__(self, parts: Parts, log: MetricsLog, saver: checkpoint.Checkpoints, stop: StopRequest):
-        config = parts.config
-        self._parts, self._log, self._saver, self._stop = parts, log, saver, stop
-        self._train, self._workdir = config.train, config.workdir
-        self._settings = LossSettings(
-            config.train.loss_chunk, config.optimizer.z_loss, use_segments=config.data.packing == "segments"
-        )
+    def __init__(
+        self, parts: Parts, tokenizer: Tokenizer, log: MetricsLog, saver: checkpoint.Checkpoints, stop: StopRequest
+    ):
+        self._parts, self._tokenizer, self._log, self._saver, self._stop = parts, tokenizer, log, saver, stop
+        self._train, self._workdir = parts.config.train, parts.config.workdir
         self._batch_sharding = sharding.batch_sharding(parts.mesh)
         self._evaluate_batch: Any = None
         self._bytes_per_token: float | None = None
@@ -234,48 +292,38 @@ class _Run:
         return {name: value for name, value in found.items() if name != "step"}
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        config, tokenizer = self._parts.config, self._parts.tokenizer
+        config, tokenizer = self._parts.config, self._tokenizer
         if self._evaluate_batch is None:
-            self._evaluate_batch = make_evaluation_step(
-                self._parts.structure, self._settings, self._parts.shardings, self._parts.mesh
-            )
+            parts, settings = self._parts, dataclasses.replace(self._parts.loss_settings, z_loss=0.0)
+            loss = language_model_loss(parts.structure, settings, parts.mesh)
+            self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.mesh)
             self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
         sums = []
         with contextlib.closing(validation_batches(config.data, tokenizer, **_process())) as batches:
             for batch in itertools.islice(batches, self._train.evaluate_batches or None):
-                sums.append(self._evaluate_batch(state.parameters, state.constants, self._to_devices(batch)))
+                trees = state.parameters, state.frozen, state.constants
+                sums.append(self._evaluate_batch(*trees, self._to_devices(batch)))
         fetched = jax.device_get(sums)
         nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
         assert self._bytes_per_token is not None
         return validation_values(float(nll), float(weight), float(weight) * self._bytes_per_token)
 
     def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.global_batch({name: batch[name] for name in _BATCH_TYPES}, self._batch_sharding)
+        return sharding.global_batch({name: batch[name] for name in BATCH_TYPES}, self._batch_sharding)
 
     def _compile(self, state: TrainState) -> Any:
         """The training step, compiled ahead, which tells its memory."""
         config, parts = self._parts.config, self._parts
-        schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-        step = make_train_step(
-            parts.structure,
-            parts.optimizer,
-            schedule,
-            self._settings,
-            config.train.microbatches,
-            parts.shardings,
-            parts.mesh,
-        )
         shape = (config.data.batch_size, config.data.sequence_length)
         batch = {
-            name: jax.ShapeDtypeStruct(shape, kind, sharding=self._batch_sharding)
-            for name, kind in _BATCH_TYPES.items()
+            name: jax.ShapeDtypeStruct(shape, kind, sharding=self._batch_sharding) for name, kind in BATCH_TYPES.items()
         }
         begin = time.perf_counter()
-        compiled = step.lower(state, batch).compile()
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+        compiled = make_step(parts).lower(state, batch).compile()
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        seconds = time.perf_counter() - begin
         self._log.message(
-            f"{count:,} parameters on {jax.device_count()} x {jax.devices()[0].device_kind}; compiled in "
-            f"{time.perf_counter() - begin:.0f} s{_memory(compiled)}"
+            f"{_count_parameters(parts.structure)} on {devices}; compiled in {seconds:.0f} s{_memory(compiled)}"
         )
         return compiled
 

@@ -42,8 +42,15 @@ def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> optax.Gra
         weight_decay=config.weight_decay,
         mask=decay,
     )
+    alpha = optax.masked(optax.scale(config.alpha_rate), _is_alpha)
     clip = optax.clip_by_global_norm(config.gradient_clip) if config.gradient_clip else optax.identity()
-    return optax.apply_if_finite(optax.chain(clip, adamw), max_consecutive_errors=_NEVER)
+    return optax.apply_if_finite(optax.chain(clip, adamw, alpha), max_consecutive_errors=_NEVER)
+
+
+def _is_alpha(tree: Any) -> Any:
+    """Which leaves are weights of grouped branches, by the last part of their path."""
+    last = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
+    return jax.tree.map_with_path(lambda path, _: last(path) == "alpha", tree)
 
 
 def skipped_steps(optimizer_state: Any) -> tuple[jax.Array, jax.Array]:

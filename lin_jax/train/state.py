@@ -1,11 +1,11 @@
-"""What training changes, as plain trees: parameters, constants, optimizer state and the number of steps.
+"""What a step reads and writes, as plain trees: parameters, constants, optimizer state and the number of steps.
 
 Jitted functions take these trees and put the module together inside (`Structure.merge`); `nnx.jit` would compare the
 whole module at every call.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from lin_jax.train.sharding import parameter_sharding, replicated
 
 Create = Callable[[nnx.Rngs], nnx.Module]
+Path = tuple[str, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -24,27 +25,58 @@ Create = Callable[[nnx.Rngs], nnx.Module]
 class TrainState:
     """Everything that an update reads and writes.
 
-    `parameters` are the model's `nnx.Param`s and `constants` its other variables, both as nested dictionaries. The
-    leaves are arrays, or what stands for them: shapes, shardings.
+    `parameters` are the model's `nnx.Param`s that train, `frozen` the others, and `constants` its other variables, all
+    as nested dictionaries. The leaves are arrays, or what stands for them: shapes, shardings.
     """
 
     step: Any
     parameters: Any
+    frozen: Any
     constants: Any
     optimizer: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A model without its numbers: what is needed to put it together from trees of arrays."""
+    """A model without its numbers: what is needed to put it together from trees of arrays.
+
+    Attributes:
+        create: makes the model with new parameters.
+        graph: the module without its variables.
+        abstract_parameters: shapes of all parameters, trained or not.
+        abstract_constants: shapes of the other variables.
+        trains: whether the parameter at a path is trained.
+        frozen_dtype: type in which the others are held.
+        keeps_start: whether `frozen` holds all parameters, the trained ones as they were at the start.
+    """
 
     create: Create
     graph: Any
     abstract_parameters: Any
     abstract_constants: Any
+    trains: Callable[[Path], bool]
+    frozen_dtype: str
+    keeps_start: bool
+
+    def split(self, parameters: Any) -> tuple[Any, Any]:
+        """A tree with a leaf a parameter as (trained, frozen)."""
+        flat = nnx.traversals.flatten_mapping(parameters)
+        trained = {path: leaf for path, leaf in flat.items() if self.trains(path)}
+        frozen = {path: leaf for path, leaf in flat.items() if self.keeps_start or path not in trained}
+        return nnx.traversals.unflatten_mapping(trained), nnx.traversals.unflatten_mapping(frozen)
+
+    def join(self, trained: Any, frozen: Any) -> Any:
+        """All parameters, of what `split` gives."""
+        flat = nnx.traversals.flatten_mapping(frozen) | nnx.traversals.flatten_mapping(trained)
+        return nnx.traversals.unflatten_mapping(flat)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether any parameter is held that is not trained."""
+        return bool(self.split(self.metadata("decay"))[1])
 
     def merge(self, parameters: Any, constants: Any) -> Any:
-        """The module with these parameters and constants."""
+        """The module with all of its parameters and constants."""
         states = []
         for abstract, values in ((self.abstract_parameters, parameters), (self.abstract_constants, constants)):
             state = jax.tree.map(lambda leaf: leaf, abstract)
@@ -87,20 +119,27 @@ def _strong(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), tree)
 
 
-def make_structure(create: Create) -> Structure:
-    """The structure of the model that `create` makes, without computing its parameters."""
+def make_structure(
+    create: Create,
+    trains: Callable[[Path], bool] = lambda path: True,
+    *,
+    frozen_dtype: str = "float32",
+    keeps_start: bool = False,
+) -> Structure:
+    """The structure of the model that `create` makes, without computing its parameters; see `Structure`."""
     graph, parameters, constants = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
-    return Structure(create, graph, parameters, constants)
+    return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start)
 
 
 def state_shardings(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shardings of a whole `TrainState`: the optimizer's moments lie where their parameters do."""
     whole = replicated(mesh)
-    parameters = structure.parameter_shardings(mesh)
+    parameters, frozen = structure.split(structure.parameter_shardings(mesh))
     shapes = jax.eval_shape(lambda: initial_state(structure, optimizer, jnp.uint32(0)))
     return TrainState(
         step=whole,
         parameters=parameters,
+        frozen=frozen,
         constants=jax.tree.map(lambda _: whole, shapes.constants),
         optimizer=optax.tree_map_params(
             optimizer, lambda _, sharding: sharding, shapes.optimizer, parameters, transform_non_params=lambda _: whole
@@ -108,10 +147,29 @@ def state_shardings(structure: Structure, optimizer: optax.GradientTransformatio
     )
 
 
-def initial_state(structure: Structure, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
-    """The state before the first step; jit it with `out_shardings` so that no device ever holds it whole."""
+def initial_state(
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    seed: jax.Array,
+    known: Mapping[str, jax.Array] | None = None,
+) -> TrainState:
+    """The state before the first step; jit it with `out_shardings` so that no device ever holds it whole.
+
+    Args:
+        structure: the model.
+        optimizer: of the parameters that train.
+        seed: of new parameters.
+        known: parameters that are not new, by path joined by dots.
+    """
     parameters, constants = structure.initialise(seed)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, constants, optimizer.init(parameters))
+    if known:
+        flat = nnx.traversals.flatten_mapping(parameters)
+        flat = {path: known.get(".".join(path), leaf) for path, leaf in flat.items()}
+        parameters = nnx.traversals.unflatten_mapping(flat)
+    trained, frozen = structure.split(parameters)
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+    frozen = jax.tree.map(lambda leaf: leaf.astype(structure.frozen_dtype), frozen)
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, constants, optimizer.init(trained))
 
 
 def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -15,12 +15,14 @@ from lin_jax.train.sharding import batch_sharding, batch_shards, replicated
 from lin_jax.train.state import Structure, TrainState
 
 Batch = dict[str, jax.Array]
+# (trained parameters, frozen parameters, constants, batch) -> sums over its tokens
+Loss = Callable[[Any, Any, Any, Batch], LossSums]
 
 
 class StepMetrics(NamedTuple):
     """Scalars of one update, on the device until somebody asks."""
 
-    loss: jax.Array  # mean negative log-likelihood of a token, in nats
+    loss: jax.Array  # mean over tokens of what is learned: negative log-likelihood in nats, or squared error
     gradient_norm: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array  # sum of weights
@@ -40,15 +42,18 @@ class LossSettings:
     use_segments: bool
 
 
-def loss_sums(
-    structure: Structure, settings: LossSettings, mesh: Mesh, parameters: Any, constants: Any, batch: Batch
-) -> LossSums:
-    """Sums of the losses of a batch of tokens, targets, weights and segment ids, [B, T] each."""
-    model = structure.merge(structure.gather(parameters, mesh), constants)
-    hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
-    hidden_BTC = jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
-    chunk = max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
-    return chunked_loss(model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss)
+def language_model_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Loss:
+    """Cross-entropy of the next tokens; a batch holds tokens, targets, weights and segment ids, [B, T] each."""
+
+    def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
+        model = structure.merge(structure.gather(structure.join(trained, frozen), mesh), constants)
+        hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
+        hidden_BTC = jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
+        chunk = max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
+        targets, weights = batch["targets"], batch["weights"]
+        return chunked_loss(model.head, hidden_BTC, targets, weights, chunk=chunk, z_loss=settings.z_loss)
+
+    return loss
 
 
 def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
@@ -78,10 +83,9 @@ def _microbatches(rows: jax.Array, count: int) -> jax.Array:
 
 
 def make_train_step(
-    structure: Structure,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    settings: LossSettings,
     microbatches: int,
     shardings: TrainState,
     mesh: Mesh,
@@ -89,10 +93,10 @@ def make_train_step(
     """A jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        def loss(parameters: Any, part: Batch) -> LossSums:
-            return loss_sums(structure, settings, mesh, parameters, state.constants, part)
+        def of_parameters(parameters: Any, part: Batch) -> LossSums:
+            return loss(parameters, state.frozen, state.constants, part)
 
-        sums, gradient = gradient_sums(loss, state.parameters, batch, microbatches)
+        sums, gradient = gradient_sums(of_parameters, state.parameters, batch, microbatches)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         gradient = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g / weight, gradient), shardings.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
@@ -107,7 +111,7 @@ def make_train_step(
             skipped=skipped,
             skipped_in_a_row=in_a_row,
         )
-        return TrainState(state.step + 1, parameters, state.constants, optimizer_state), metrics
+        return TrainState(state.step + 1, parameters, state.frozen, state.constants, optimizer_state), metrics
 
     return jax.jit(
         step,
@@ -117,15 +121,10 @@ def make_train_step(
     )
 
 
-def make_evaluation_step(structure: Structure, settings: LossSettings, shardings: TrainState, mesh: Mesh) -> Any:
-    """A jitted (parameters, constants, batch) -> LossSums."""
-    settings = dataclasses.replace(settings, z_loss=0.0)
-
-    def evaluate(parameters: Any, constants: Any, batch: Batch) -> LossSums:
-        return loss_sums(structure, settings, mesh, parameters, constants, batch)
-
+def make_evaluation_step(loss: Loss, shardings: TrainState, mesh: Mesh) -> Any:
+    """A jitted (parameters, frozen, constants, batch) -> LossSums."""
     return jax.jit(
-        evaluate,
-        in_shardings=(shardings.parameters, shardings.constants, batch_sharding(mesh)),
+        loss,
+        in_shardings=(shardings.parameters, shardings.frozen, shardings.constants, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

@@ -25,7 +25,7 @@ from lin_jax.config import (
     TrainConfig,
 )
 from lin_jax.overrides import apply_overrides, config_to_dict
-from lin_jax.train import checkpoint, loop
+from lin_jax.train import checkpoint, loop, trainable
 from lin_jax.train.checkpoint import load_model
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
@@ -41,8 +41,7 @@ def stub_model():
         return Stub(rngs, config.vocabulary_size, config.width)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "create_model", create)
-        patch.setattr(checkpoint, "create_model", create)
+        patch.setattr(trainable, "create_model", create)
         yield
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lin_jax.overrides import apply_overrides, load_config
-from lin_jax.train import loop
+from lin_jax.train import trainable
 from lin_jax.train.metrics import read_metrics
 
 from .stub import Stub
@@ -46,10 +46,10 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, num_processes=2, process_id=index)
 from lin_jax.overrides import load_config
-from lin_jax.train import loop
+from lin_jax.train import trainable
 from tests.train.stub import Stub
 
-loop.create_model = lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
+trainable.create_model = lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
 
 def add(self, step, metrics, original=loop.MetricsLog.add):
     original(self, step, metrics)
@@ -78,7 +78,9 @@ def config_file(tmp_path):
 
 
 def test_two_processes_then_one_are_as_one(config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "create_model", lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width))
+    monkeypatch.setattr(
+        trainable, "create_model", lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
+    )
     address, workdir = f"localhost:{free_port()}", tmp_path / "several"
     processes = [
         subprocess.Popen(

@@ -1,5 +1,6 @@
 """The training step: same loss and gradient on every mesh and for every number of microbatches; bad steps skipped."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,13 @@ from lin_jax.config import MeshConfig, OptimizerConfig
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import batch_sharding, global_batch, make_mesh
 from lin_jax.train.state import initial_state, make_structure, state_shardings
-from lin_jax.train.step import LossSettings, gradient_sums, loss_sums, make_evaluation_step, make_train_step
+from lin_jax.train.step import (
+    LossSettings,
+    gradient_sums,
+    language_model_loss,
+    make_evaluation_step,
+    make_train_step,
+)
 
 from .stub import LAYERS, VOCABULARY, WIDTH, Stub
 
@@ -47,7 +54,8 @@ def setup(mesh, microbatches=1, config=CONFIG):
     shardings = state_shardings(STRUCTURE, optimizer, mesh)
     state = jax.jit(lambda seed: initial_state(STRUCTURE, optimizer, seed), out_shardings=shardings)(jnp.uint32(0))
     schedule = learning_rate_schedule(config, 10)
-    step = make_train_step(STRUCTURE, optimizer, schedule, SETTINGS, microbatches, shardings, mesh)
+    loss = language_model_loss(STRUCTURE, SETTINGS, mesh)
+    step = make_train_step(loss, optimizer, schedule, microbatches, shardings, mesh)
     return state, step, shardings
 
 
@@ -58,7 +66,7 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def loss(parameters, part):
-        return loss_sums(STRUCTURE, SETTINGS, mesh, parameters, constants, part)
+        return language_model_loss(STRUCTURE, SETTINGS, mesh)(parameters, {}, constants, part)
 
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
@@ -180,8 +188,9 @@ def test_evaluation_leaves_out_the_z_loss():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     state, _, shardings = setup(mesh)
     batch = make_batch()
-    sums = make_evaluation_step(STRUCTURE, SETTINGS, shardings, mesh)(
-        state.parameters, state.constants, global_batch(batch, batch_sharding(mesh))
+    loss = language_model_loss(STRUCTURE, dataclasses.replace(SETTINGS, z_loss=0.0), mesh)
+    sums = make_evaluation_step(loss, shardings, mesh)(
+        state.parameters, state.frozen, state.constants, global_batch(batch, batch_sharding(mesh))
     )
     logits = STRUCTURE.merge(jax.device_get(state.parameters), jax.device_get(state.constants))(
         batch["tokens"], batch["segment_ids"]

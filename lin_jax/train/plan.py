@@ -1,0 +1,74 @@
+"""What a training run needs, found without its parameters: the step is compiled for devices that are not there."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lin_jax.config import Config
+from lin_jax.models.flops import training_flops_per_token
+from lin_jax.train import sharding
+from lin_jax.train.loop import BATCH_TYPES, make_parts, make_step
+from lin_jax.train.state import abstract_state
+
+
+def use_virtual_devices(config: Config) -> None:
+    """Make this process see the CPU devices that `config.plan` asks for; call it before anything is computed."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(config.plan.partition(":")[2]))
+
+
+def plan(config: Config) -> str:
+    """A table of parameters, optimizer state, and what the compiled step needs on each device.
+
+    Raises:
+        ConfigError: the settings do not fit the devices.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
+    parts = make_parts(config, mesh)
+    state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    cut = sharding.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in BATCH_TYPES.items()}
+    compiled = make_step(parts).lower(state, batch).compile()
+    analysis = compiled.memory_analysis()
+    shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
+    rows = [
+        ("parameters", f"{_count(shapes):,}"),
+        ("trained", f"{_count(state.parameters):,}"),
+        ("trained parameters", _size(state.parameters)),
+        ("their gradients", _size(state.parameters)),
+        ("optimizer state", _size(state.optimizer)),
+        ("frozen parameters", _size(state.frozen)),
+        ("layer inputs kept for the backward pass", _layer_inputs(config, mesh)),
+        ("temporaries of the compiled step", f"{analysis.temp_size_in_bytes:,} bytes a device"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    tokens = math.prod(shape)
+    flops = training_flops_per_token(config.model, config.data.sequence_length) * tokens
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
+    told = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return "\n".join([f"{config.plan}: {told}; {tokens:,} tokens and {flops:.3g} FLOPs a step", *lines])
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _size(tree: Any) -> str:
+    """Bytes on each device, and altogether."""
+    leaves = jax.tree.leaves(tree)
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return f"{own:,} bytes a device, {whole:,} in one copy"
+
+
+def _layer_inputs(config: Config, mesh: Any) -> str:
+    """What rematerialisation keeps: the features that enter every layer, for the rows of a microbatch."""
+    rows = config.data.batch_size // config.train.microbatches // sharding.batch_shards(mesh)
+    itemsize = np.dtype(config.model.dtype).itemsize
+    size = config.model.depth * rows * config.data.sequence_length * config.model.width * itemsize
+    return f"{size:,} bytes a device, with model.remat=full"

@@ -1,0 +1,46 @@
+"""Which parameters of a model train, and the model that a run trains: with its adapters, frozen parts apart."""
+
+import functools
+from collections.abc import Callable
+
+from flax import nnx
+
+from lin_jax.config import Config, FinetuneConfig
+from lin_jax.layers.lora import ADAPTER, add_lora
+from lin_jax.models.registry import create_model
+from lin_jax.train.state import Path, Structure, make_structure
+
+# Parameters that linearized attention has and softmax attention does not.
+NEW = ("alpha", "filter", "local_factor")
+
+# Groups of `finetune.train`: whether a parameter belongs to one, by the parts of its path.
+GROUPS: dict[str, Callable[[Path], bool]] = {
+    "all": lambda path: True,
+    "new": lambda path: path[-1] in NEW,
+    "norm": lambda path: any(part.endswith("norm") for part in path),
+    "embedding": lambda path: path[0].endswith("embedding"),
+    "attention": lambda path: bool({"attention", "query_key_value", "mixing"} & set(path)) or "output" in path,
+    "feed_forward": lambda path: bool({"feed_forward", "up", "down"} & set(path)),
+    "head": lambda path: path[0] in ("logits", "score"),
+}
+
+
+def trains(finetune: FinetuneConfig, path: Path) -> bool:
+    """Whether the parameter at `path` trains: adapters always do."""
+    return ADAPTER in path or any(GROUPS[group](path) for group in finetune.train)
+
+
+def structure_of(config: Config) -> Structure:
+    """The model that a run of `config` trains."""
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        model = create_model(config.model, rngs)
+        add_lora(model, config.finetune.lora, rngs)
+        return model
+
+    return make_structure(
+        create,
+        functools.partial(trains, config.finetune),
+        frozen_dtype=config.finetune.frozen_dtype,
+        keeps_start=config.finetune.objective == "attention_transfer",
+    )
