@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,24 +106,17 @@ def test_only_what_is_named_trains_and_the_rest_is_the_base(finished, base):
             assert np.abs(array).max() > 1e-4, name
         else:
             np.testing.assert_array_equal(array, before[name].astype(jnp.bfloat16), err_msg=name)
-    losses = [line["loss"] for line in read_metrics(finished_metrics(finished)) if "loss" in line]
+    losses = [line["loss"] for line in read_metrics(metrics_of(finished)) if "loss" in line]
     assert losses[-1] < losses[0]
 
 
-def finished_metrics(config):
-    from pathlib import Path
-
+def metrics_of(config):
     return Path(config.workdir) / "metrics.jsonl"
 
 
 def test_a_checkpoint_holds_what_trains_alone(finished):
-    with ocp.CheckpointManager(f"{finished.workdir}/checkpoints") as manager:
-        meta = (
-            manager.item_metadata(STEPS)["model"].tree
-            if hasattr(manager.item_metadata(STEPS)["model"], "tree")
-            else (manager.item_metadata(STEPS)["model"])
-        )
-    saved = {".".join(map(str, path)) for path in nnx.traversals.flatten_mapping(meta["parameters"])}
+    metadata = ocp.StandardCheckpointer().metadata(f"{finished.workdir}/checkpoints/{STEPS}/model").item_metadata.tree
+    saved = {".".join(path) for path in nnx.traversals.flatten_mapping(metadata["parameters"])}
     structure = structure_of(finished)
     trained, frozen = structure.split(structure.metadata("decay"))
     assert saved == {".".join(path) for path in nnx.traversals.flatten_mapping(trained)}
@@ -168,7 +162,7 @@ def test_the_next_stage_starts_from_the_merged_model(finished, settings, tmp_pat
         FinetuneConfig(checkpoint="set below", train=("attention",), objective="attention_transfer"),
     )
     train(first)
-    errors = [line["loss"] for line in read_metrics(finished_metrics(first)) if "loss" in line]
+    errors = [line["loss"] for line in read_metrics(metrics_of(first)) if "loss" in line]
     assert errors[-1] < errors[0]
     second = settings(tmp_path / "second")
     second = dataclasses.replace(second, finetune=dataclasses.replace(second.finetune, checkpoint=finished.workdir))
