@@ -237,6 +237,8 @@ class _Run:
         steps = self._train.steps
         if start:
             self._log.message(f"resumed from the checkpoint of step {start}")
+        elif self._parts.config.finetune.checkpoint and self._train.evaluate_every:
+            self._validate(0, state)  # What the model can do before it is changed further.
         update: Any = self._compile(state) if start < steps else None
         self._log.restart_clock()
         for step in range(start + 1, steps + 1):
