@@ -320,12 +320,12 @@ def test_a_trained_model_goes_to_hugging_face(tmp_path, capsys):
     assert theirs.encode("abc 7") == tokenizer.encode("abc 7").tolist() and theirs.eos_token_id == tokenizer.end_id
 
 
-def test_flash_is_not_converted(source, tmp_path, capsys):
-    config = FlashConfig(vocabulary_size=8, width=4, depth=1, query_key_size=4, rotary_size=2)
+def test_hugging_face_has_no_flash(tmp_path, capsys):
+    config = FlashConfig(vocabulary_size=257, width=4, depth=1, query_key_size=4, rotary_size=2)
     arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
     save_model(str(tmp_path / "flash"), Weights(config, arrays).nested(), Config(model=config), BytesTokenizer())
-    assert convert(tmp_path / "flash", tmp_path / "out") == 2
-    assert_refused(capsys, "only llama and gpt2 models are converted, but this is a flash model")
+    assert convert(tmp_path / "flash", tmp_path / "out", "--to", "hf") == 2
+    assert_refused(capsys, "only llama and gpt2 models have Hugging Face's form, but this is a flash model")
 
 
 class Trap:
