@@ -67,7 +67,8 @@ def change_attention(weights: Weights, config: ModelConfig, dtype: str | None = 
     _check_shapes(found, shapes)
     for path in new:
         found[path] = jnp.full(shapes[path].shape, STARTS[_last(path)], dtype or shapes[path].dtype)
-    return Changed(Weights(config, {path: found[path] for path in shapes}), new, unused)
+    arrays = {path: found[path] for path in shapes}
+    return Changed(dataclasses.replace(weights, config=config, arrays=arrays), new, unused)
 
 
 def _check_shapes(arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

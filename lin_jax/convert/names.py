@@ -175,7 +175,7 @@ def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, like: A
     of_layer = None if where is None else NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
     for layer, name in enumerate(names_of(entry, depth)):
         array = _fitting(entry, name, theirs, like.shape[1:]).astype(like.dtype, copy=False)
-        stack = _set_layer(stack, jax.device_put(array, of_layer), layer, where)
+        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(array, of_layer), layer, where))
     return stack
 
 

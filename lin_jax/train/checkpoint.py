@@ -6,6 +6,7 @@ changed byte inside an array is read back without complaint).
 """
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ from lin_jax.train.state import TrainState, make_structure
 Report = Callable[[str], None]
 
 # Bytes of a file that `save_model` writes at a time.
-CHUNK_BYTES = 1 << 25
+CHUNK_BYTES = 1 << 26
 
 # Settings that a resumed run may change: they do not alter what is learned from what, only how it is computed,
 # watched and kept. `train.steps` may grow (the schedule is then that of the new length).
@@ -303,7 +304,12 @@ def _as_saved(item: Any, directory: epath.Path) -> Any:
 def _restore_one_by_one(manager: Any, step: int, item: Any) -> Any:
     """The arrays of a model; what reading takes beside them is that of a single one."""
     leaves, structure = jax.tree.flatten_with_path(item)
-    return jax.tree.unflatten(structure, [_restore_array(manager, step, path, leaf) for path, leaf in leaves])
+    arrays = []
+    for path, leaf in leaves:
+        arrays.append(_restore_array(manager, step, path, leaf))
+        if arrays[-1].nbytes > CHUNK_BYTES:
+            gc.collect()  # The library leaves what it read in a cycle of references.
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _restore_array(manager: Any, step: int, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

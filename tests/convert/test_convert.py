@@ -19,7 +19,7 @@ import eval as eval_program
 import train as train_program
 from lin_jax.config import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
-from lin_jax.convert.hugging_face import Weights, read_hugging_face, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.convert.names import parameters
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.train.checkpoint import load_model, save_model
@@ -98,6 +98,63 @@ def test_there_and_back(name, tmp_path, capsys):
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert read_hugging_face(tmp_path / "back").config == MODELS[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours", "source"]
+
+
+def types_of(directory):
+    model, _, _ = load_model(str(directory))
+    return {str(array.dtype) for array in parameters(model).values()}
+
+
+def test_parameters_keep_their_type(tmp_path, capsys):
+    source = make_directory(tmp_path / "source", MODELS["llama_tied"])  # bfloat16
+    assert convert(source, tmp_path / "same") == 0 and types_of(tmp_path / "same") == {"bfloat16"}
+    assert convert(source, tmp_path / "wide", "--dtype", "float32") == 0 and types_of(tmp_path / "wide") == {"float32"}
+    assert load_model(str(tmp_path / "wide"))[2].model.dtype == "bfloat16"  # of activations, which nothing changed
+    assert convert(tmp_path / "wide", tmp_path / "narrow", "--dtype", "bfloat16") == 0
+    assert types_of(tmp_path / "narrow") == {"bfloat16"}
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).rglob("[0-9]*")) for name in ("same", "wide")]
+    assert sizes[0] < 0.65 * sizes[1]
+    assert convert(tmp_path / "wide", tmp_path / "back", "--to", "hf", "--dtype", "bfloat16") == 0
+    assert_same_tensors(source, tmp_path / "back")
+    augmented = ("--attention", "augmented", "--config.model.dtype=float32")
+    assert convert(source, tmp_path / "augmented", *augmented) == 0
+    assert types_of(tmp_path / "augmented") == {"bfloat16", "float32"}  # what is new is float32
+    assert load_model(str(tmp_path / "augmented"))[2].model.dtype == "float32"
+    assert convert(source, tmp_path / "cut", "--check", "--dtype", "float32") == 0
+    assert "max |logit difference| 0.00e+00" in capsys.readouterr().out
+
+
+def test_narrow_types_lose_and_the_check_tells(tmp_path, capsys):
+    source = make_directory(tmp_path / "source", LLAMA)
+    assert convert(source, tmp_path / "narrow", "--dtype", "bfloat16", "--check") == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("result against source: max |logit difference| ")[1].split(",")[0]) > 1e-3
+
+
+def test_float16(tmp_path):
+    source = make_directory(tmp_path / "source", LLAMA)
+    assert convert(source, tmp_path / "half", "--to", "hf", "--dtype", "float16") == 0
+    assert convert(tmp_path / "half", tmp_path / "again", "--to", "hf") == 0
+    assert_same_tensors(tmp_path / "half", tmp_path / "again")
+    assert convert(tmp_path / "half", tmp_path / "run") == 0 and types_of(tmp_path / "run") == {"float32"}
+    assert convert(tmp_path / "run", tmp_path / "back", "--to", "hf", "--dtype", "float16") == 0
+    assert_same_tensors(tmp_path / "half", tmp_path / "back")
+
+
+def test_no_parameters_but_floats(tmp_path, capsys):
+    source = make_directory(tmp_path / "source", LLAMA)
+    edit_tensors(source, lambda tensors: tensors.update({NORM: np.ones(16, np.int8)}))
+    assert convert(source, tmp_path / "out") == 2
+    assert_refused(capsys, f"{NORM} is of type I8, but parameters are float64, float32, float16, bfloat16")
+
+
+def test_each_device_gets_its_part(source):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    whole, cut = read_hugging_face(source).arrays, read_hugging_face(source, target=Target(mesh)).arrays
+    for path, array in whole.items():
+        np.testing.assert_array_equal(cut[path], array)
+    for path in ("embedding", "layers.attention.query.kernel", "layers.feed_forward.down.kernel"):
+        assert {shard.data.size * 8 for shard in cut[path].addressable_shards} == {cut[path].size}, path
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
