@@ -4,6 +4,7 @@ python -m benchmarks.convert_memory --gigabytes 2
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from benchmarks.common import describe_machine, print_machine
+from benchmarks.common import describe_machine, print_machine, print_table
 from lin_jax.config import AttentionConfig, LlamaConfig
 from lin_jax.convert import checkpoint_files, llama
 from lin_jax.convert.checkpoint_files import write_tensors
@@ -28,6 +29,8 @@ EMPTY = "import convert_weights, jax, transformers; transformers.AutoTokenizer; 
 RUN = "import sys, convert_weights; sys.exit(convert_weights.main(sys.argv[1:]))"
 # Not getrusage, which counts what the parent held when it started the program.
 PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+# Directories: one of Hugging Face is hf, one of lin_jax is run.
+DIRECTIONS = (("hf", "run", "lin_jax"), ("run", "hf2", "hf"), ("hf", "hf3", "hf"), ("run", "run2", "lin_jax"))
 
 
 def make_config(gigabytes: float) -> LlamaConfig:
@@ -44,11 +47,12 @@ def make_config(gigabytes: float) -> LlamaConfig:
     ends = 2 * config.vocabulary_size * config.width
     layer = 4 * config.width**2 + 3 * config.width * config.feed_forward_size
     depth = max(1, round((gigabytes * 2**30 / 2 - ends) / layer))
-    return LlamaConfig(**{**vars(config), "depth": depth})
+    return dataclasses.replace(config, depth=depth)
 
 
 def write_checkpoint(directory: Path, config: LlamaConfig) -> tuple[int, int]:
     """Random tensors in files of 512 MiB and a tokenizer; returns the bytes of all tensors and of the largest."""
+    directory.mkdir()
     checkpoint_files.SHARD_BYTES = 512 * MIB
     random = np.random.default_rng(0)
     noise = random.standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
@@ -85,24 +89,27 @@ def main() -> None:
 def measure(directory: Path, config: LlamaConfig) -> None:
     """Convert in every direction, and print what each took."""
     print_machine(describe_machine())
-    source, run, back = directory / "hf", directory / "run", directory / "back"
-    source.mkdir()
-    size, largest = write_checkpoint(source, config)
+    small = dataclasses.replace(config, width=64, heads=2, key_value_heads=2, head_size=32, feed_forward_size=64)
+    size, largest = write_checkpoint(directory / "hf", config)
+    write_checkpoint(directory / "small_hf", small)
     stacked = max(math.prod(s.shape) * 2 for s in shapes_of(config).values())
     empty = peak_of(EMPTY)
     print(f"checkpoint {size / MIB:,.0f} MiB, largest tensor {largest / MIB:,.0f} MiB, the largest as lin_jax stacks")
     print(f"layers {stacked / MIB:,.0f} MiB; an interpreter with the same imports {empty / MIB:,.0f} MiB")
-    print("| direction | peak MiB | beside interpreter and checkpoint |\n|---|---|---|")
-    directions = {
-        "Hugging Face to lin_jax": (source, run, "lin_jax"),
-        "lin_jax to Hugging Face": (run, back, "hf"),
-        "Hugging Face to Hugging Face": (source, directory / "again", "hf"),
-        "lin_jax to lin_jax": (run, directory / "run2", "lin_jax"),
-    }
-    for title, (begin, end, to) in directions.items():
-        peak = peak_of(RUN, "--input", str(begin), "--output", str(end), "--to", to)
-        more = peak - empty - size
-        print(f"| {title} | {peak / MIB:,.0f} | {more / MIB:+,.0f} MiB, {more / largest:.1f} tensors |", flush=True)
+    rows = [measure_direction(directory, *direction, empty, size) for direction in DIRECTIONS]
+    print_table(
+        ("MiB", "peak", "more than interpreter + checkpoint", "peak of a tiny model", "more than tiny + it"), rows
+    )
+
+
+def measure_direction(directory: Path, begin: str, end: str, to: str, empty: int, size: int) -> tuple[str, ...]:
+    """One line of the table: what a conversion took, and that of a model of next to nothing."""
+    peak, least = (
+        peak_of(RUN, "--input", f"{directory}/{kind}{begin}", "--output", f"{directory}/{kind}{end}", "--to", to)
+        for kind in ("", "small_")
+    )
+    numbers = (peak, peak - empty - size, least, peak - least - size)
+    return (f"{begin} to {end}", *(f"{number / MIB:,.0f}" for number in numbers))
 
 
 if __name__ == "__main__":

@@ -126,19 +126,68 @@ def check_transformer(case: Golden) -> None:
     assert abs(float(loss) - float(expected["loss"])) < 1e-5 * max(1.0, abs(float(expected["loss"])))
     ours = to_theirs(table, parameters(nnx.merge(graph, gradient)), model.config.depth)
     if model.config.attention.normalise_grouped:
-        compare_gradients(ours, case.arrays("grad"), 2e-2)
-        pytest.xfail("gradients of keys differ by 1%, not 1e-3: presumably rounding in the official sum, not proved")
+        check_normalised_sum(case, ours)
+        return
     compare_gradients(ours, case.arrays("grad"))
+
+
+def check_normalised_sum(case: Golden, ours: dict) -> None:
+    """With NORM_GLOBAL the stored gradients hold rounding of the official code that the equations do not have.
+
+    The first group sees no group before it: its sum is 0, and there x / (1e-5 + |x|) has a derivative of 1e5. The
+    official sum "all up to one's own, minus one's own" adds what comes through it to the others, and takes it off
+    again: what is left of float32 are errors of order 1e-2, in what concerns the keys and values of the first group.
+    """
+    torch = pytest.importorskip("torch")
+    from tests.normalised_sum import gradients
+
+    values, ids, theirs = case.info["config"], case.arrays("in")["ids"], case.arrays("grad")
+    params = {name: array for name, array in case.arrays("param").items() if not name.endswith("conv_mask")}
+    exact, inputs = gradients(params, ids, values, minus_own=False, dtype=torch.float64)
+    compare_gradients(ours, exact)
+    compare_gradients(gradients(params, ids, values, minus_own=True, dtype=torch.float64)[0], exact, 1e-8)
+    compare_gradients(gradients(params, ids, values, minus_own=False, dtype=torch.float32)[0], exact, 1e-4)
+    rounded = [minus_own_errors(gradients, params, ids, values, seed) for seed in range(8)]
+    for name, error in errors(theirs, exact).items():
+        # What the official form loses in float32 depends on the last bit of every number before it.
+        possible = max(np.abs(other[name]).max() for other in rounded)
+        assert np.abs(error).max() <= 3 * possible + 1e-5 * np.abs(exact[name]).max(), name
+    for layer, x_NC in enumerate(inputs):
+        name = f"model.layers.{layer}.self_attn.k_proj.weight"
+        for error in (errors(theirs, exact)[name], rounded[0][name]):
+            assert np.abs(error).max() > 5e-3 * np.abs(exact[name]).max()
+            assert share_outside(error, x_NC[: values["flags"]["GROUP_SIZE"]]) < 1e-2
+
+
+def minus_own_errors(gradients, params: dict, ids: np.ndarray, values: dict, seed: int) -> dict:
+    """What float32 changes in the official form, at parameters that differ in their last bits."""
+    import torch
+
+    random = np.random.default_rng(seed)
+    moved = {name: array * (1 + 1e-6 * random.standard_normal(array.shape)) for name, array in params.items()}
+    exact, _ = gradients(moved, ids, values, minus_own=False, dtype=torch.float64)
+    return errors(gradients(moved, ids, values, minus_own=True, dtype=torch.float32)[0], exact)
+
+
+def errors(actual: dict, expected: dict) -> dict:
+    return {name: used_taps(name, actual[name]) - used_taps(name, expected[name]) for name in expected}
+
+
+def share_outside(matrix_OC: np.ndarray, rows_NC: np.ndarray) -> float:
+    """How much of a gradient of x -> W x does not come from the given x."""
+    basis, _ = np.linalg.qr(rows_NC.T)
+    return float(np.linalg.norm(matrix_OC - matrix_OC @ basis @ basis.T) / np.linalg.norm(matrix_OC))
+
+
+def used_taps(name: str, gradient: np.ndarray) -> np.ndarray:
+    """The official mask acts outside autograd, so masked taps hold gradients that mean nothing."""
+    return gradient[:, :, : gradient.shape[2] // 2 + 1] if "dwconv" in name or "dconv_ada" in name else gradient
 
 
 def compare_gradients(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        actual = ours[name]
-        if "dwconv" in name or "dconv_ada" in name:
-            # The official mask acts outside autograd, so masked taps hold gradients that mean nothing.
-            used = expected.shape[2] // 2 + 1
-            actual, expected = actual[:, :, :used], expected[:, :, :used]
+        actual, expected = used_taps(name, ours[name]), used_taps(name, expected)
         assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-7), name
 
 
