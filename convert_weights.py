@@ -1,7 +1,8 @@
 """Convert a model: python convert_weights.py --input DIR --output DIR [--attention augmented] [--to hf] [--check]
 
-The input is a Hugging Face directory (LLaMA, GPT-2, the official linearized LLaMA) or a run of lin_jax. Any
---config.model.field=value changes the model, such as --config.model.attention.group_size=64.
+The input is a directory of Hugging Face (LLaMA, GPT-2, the official linearized LLaMA) or the name of one on its Hub, a
+run of lin_jax, a file of llama2.c, or a state dict of the official FLASH. Any --config.model.field=value changes the
+model, such as --config.model.attention.group_size=64.
 """
 
 import argparse
@@ -19,15 +20,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, type=Path, metavar="DIR", help="the model that is read")
+    parser.add_argument("--input", required=True, metavar="MODEL", help="the model that is read")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the directory that is made")
     parser.add_argument("--attention", choices=ABLATIONS, help="the result's attention (default: the source's)")
     parser.add_argument("--to", choices=("lin_jax", "hf"), default="lin_jax", help="whose form the result has")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="--to hf: type of the tensors; --to lin_jax: of activations (default: the source's)",
+        help="type of the parameters that are written (default: the source's); of activations: --config.model.dtype",
     )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="the model's tokenizer, where the source has none or another"
+    )
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter (PEFT) that is merged into --input")
     parser.add_argument("--check", action="store_true", help="compare the logits of source and result")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output holds")
     return parser

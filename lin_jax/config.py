@@ -43,6 +43,10 @@ def _require_at_least_zero(config: Any, *names: str) -> None:
         require(value >= 0, f"{name} must be 0 or more, but is {value}")
 
 
+# Documentation of settings that every model has.
+_DTYPE_DOC = "type of activations; parameters have their own: float32 in training, or as they were converted"
+_REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products"
+
 Kind = Literal["augmented", "quadratic", "softmax", "longlora"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
 Implementation = Literal["xla", "reference"]
@@ -159,11 +163,8 @@ class FlashConfig:
         "scale of whole-row scores (kinds softmax and quadratic): released divides by the row length, as the official "
         "code does; head divides by the square root of query_key_size, which does not depend on the row",
     )
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of activations; parameters are always float32")
-    remat: Literal["none", "full", "dots"] = setting(
-        "none",
-        "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products",
-    )
+    dtype: Literal["float32", "bfloat16"] = setting("float32", _DTYPE_DOC)
+    remat: Literal["none", "full", "dots"] = setting("none", _REMAT_DOC)
 
     def __post_init__(self):
         _require_positive(self, "vocabulary_size", "width", "depth", "query_key_size", "expansion", "bias_max_distance")
@@ -215,10 +216,6 @@ def _check_transformer_attention(attention: AttentionConfig, depth: int) -> None
         all(layer < depth for layer in attention.softmax_layers),
         f"attention.softmax_layers={attention.softmax_layers} names a layer that depth={depth} does not have",
     )
-
-
-_DTYPE_DOC = "type of activations; parameters are always float32"
-_REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products"
 
 
 def _paper_attention() -> AttentionConfig:

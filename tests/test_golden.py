@@ -13,8 +13,9 @@ from lin_jax.config import AttentionConfig, ablate
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.flash import config_from_official, from_official, to_official
 from lin_jax.convert.hugging_face import read_hugging_face
-from lin_jax.convert.names import load, parameters, to_theirs
+from lin_jax.convert.names import load, to_theirs
 from lin_jax.layers.gated_attention import place
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.layers.rope import rotation
 from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
@@ -48,7 +49,7 @@ def check_flash(case: Golden) -> None:
     assert np.abs(logits - expected["logits"]).max() < 1e-4
     assert abs(float(loss) - float(expected["loss"])) < 1e-5 * max(1.0, abs(float(expected["loss"])))
     model_of_gradient = nnx.merge(graph, gradient, rest)
-    ours = to_official(model_of_gradient, official["kernel"], parameters(model_of_gradient))
+    ours = to_official(model_of_gradient, official["kernel"], parameters_by_path(model_of_gradient))
     theirs = case.arrays("grad")
     for name, expected_gradient in theirs.items():
         if name not in ours:
@@ -124,21 +125,70 @@ def check_transformer(case: Golden) -> None:
     (loss, logits), gradient = run(state)
     assert np.abs(logits - expected["logits"]).max() < 1e-4
     assert abs(float(loss) - float(expected["loss"])) < 1e-5 * max(1.0, abs(float(expected["loss"])))
-    ours = to_theirs(table, parameters(nnx.merge(graph, gradient)), model.config.depth)
+    ours = to_theirs(table, parameters_by_path(nnx.merge(graph, gradient)), model.config.depth)
     if model.config.attention.normalise_grouped:
-        compare_gradients(ours, case.arrays("grad"), 2e-2)
-        pytest.xfail("gradients of keys differ by 1%, not 1e-3: presumably rounding in the official sum, not proved")
+        check_normalised_sum(case, ours)
+        return
     compare_gradients(ours, case.arrays("grad"))
+
+
+def check_normalised_sum(case: Golden, ours: dict) -> None:
+    """With NORM_GLOBAL the stored gradients hold rounding of the official code that the equations do not have.
+
+    The first group sees no group before it: its sum is 0, and there x / (1e-5 + |x|) has a derivative of 1e5. The
+    official sum "all up to one's own, minus one's own" adds what comes through it to the others, and takes it off
+    again: what is left of float32 are errors of order 1e-2, in what concerns the keys and values of the first group.
+    """
+    torch = pytest.importorskip("torch")
+    from tests.normalised_sum import gradients
+
+    values, ids, theirs = case.info["config"], case.arrays("in")["ids"], case.arrays("grad")
+    params = {name: array for name, array in case.arrays("param").items() if not name.endswith("conv_mask")}
+    exact, inputs = gradients(params, ids, values, minus_own=False, dtype=torch.float64)
+    compare_gradients(ours, exact)
+    compare_gradients(gradients(params, ids, values, minus_own=True, dtype=torch.float64)[0], exact, 1e-8)
+    compare_gradients(gradients(params, ids, values, minus_own=False, dtype=torch.float32)[0], exact, 1e-4)
+    rounded = [minus_own_errors(gradients, params, ids, values, seed) for seed in range(8)]
+    for name, error in errors(theirs, exact).items():
+        # What the official form loses in float32 depends on the last bit of every number before it.
+        possible = max(np.abs(other[name]).max() for other in rounded)
+        assert np.abs(error).max() <= 3 * possible + 1e-5 * np.abs(exact[name]).max(), name
+    for layer, x_NC in enumerate(inputs):
+        name = f"model.layers.{layer}.self_attn.k_proj.weight"
+        for error in (errors(theirs, exact)[name], rounded[0][name]):
+            assert np.abs(error).max() > 5e-3 * np.abs(exact[name]).max()
+            assert share_outside(error, x_NC[: values["flags"]["GROUP_SIZE"]]) < 1e-2
+
+
+def minus_own_errors(gradients, params: dict, ids: np.ndarray, values: dict, seed: int) -> dict:
+    """What float32 changes in the official form, at parameters that differ in their last bits."""
+    import torch
+
+    random = np.random.default_rng(seed)
+    moved = {name: array * (1 + 1e-6 * random.standard_normal(array.shape)) for name, array in params.items()}
+    exact, _ = gradients(moved, ids, values, minus_own=False, dtype=torch.float64)
+    return errors(gradients(moved, ids, values, minus_own=True, dtype=torch.float32)[0], exact)
+
+
+def errors(actual: dict, expected: dict) -> dict:
+    return {name: used_taps(name, actual[name]) - used_taps(name, expected[name]) for name in expected}
+
+
+def share_outside(matrix_OC: np.ndarray, rows_NC: np.ndarray) -> float:
+    """How much of a gradient of x -> W x does not come from the given x."""
+    basis, _ = np.linalg.qr(rows_NC.T)
+    return float(np.linalg.norm(matrix_OC - matrix_OC @ basis @ basis.T) / np.linalg.norm(matrix_OC))
+
+
+def used_taps(name: str, gradient: np.ndarray) -> np.ndarray:
+    """The official mask acts outside autograd, so masked taps hold gradients that mean nothing."""
+    return gradient[:, :, : gradient.shape[2] // 2 + 1] if "dwconv" in name or "dconv_ada" in name else gradient
 
 
 def compare_gradients(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        actual = ours[name]
-        if "dwconv" in name or "dconv_ada" in name:
-            # The official mask acts outside autograd, so masked taps hold gradients that mean nothing.
-            used = expected.shape[2] // 2 + 1
-            actual, expected = actual[:, :, :used], expected[:, :, :used]
+        actual, expected = used_taps(name, ours[name]), used_taps(name, expected)
         assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-7), name
 
 
@@ -177,7 +227,7 @@ def check_llama_bench(case: Golden) -> None:
     y = np.asarray(y)
     if not case.name.endswith("NaN"):
         assert np.abs(y - expected["attn_output"]).max() < 1e-4
-        compare_gradients(to_theirs(table, parameters(nnx.merge(graph, gradient)), 0), case.arrays("grad"))
+        compare_gradients(to_theirs(table, parameters_by_path(nnx.merge(graph, gradient)), 0), case.arrays("grad"))
         theirs_x = case.arrays("gradin")["hidden_states"]
         assert np.abs(gradient_x - theirs_x).max() <= 1e-3 * np.abs(theirs_x).max()
         return

@@ -50,8 +50,8 @@ def _start(model: ModelConfig) -> AttentionConfig:
     return type(model)().attention if transformer else model.attention
 
 
-def change_attention(weights: Weights, config: ModelConfig) -> Changed:
-    """`weights` in a model of `config`: parameters that only it has start as in a fresh model.
+def change_attention(weights: Weights, config: ModelConfig, dtype: str | None = None) -> Changed:
+    """`weights` in a model of `config`: parameters that only it has start as in a fresh model, in float32 or `dtype`.
 
     Raises:
         ConfigError: the models differ in more than their attention.
@@ -66,8 +66,9 @@ def change_attention(weights: Weights, config: ModelConfig) -> Changed:
     found = {path: array for path, array in arrays.items() if path in shapes}
     _check_shapes(found, shapes)
     for path in new:
-        found[path] = jnp.full(shapes[path].shape, STARTS[_last(path)], shapes[path].dtype)
-    return Changed(Weights(config, {path: found[path] for path in shapes}), new, unused)
+        found[path] = jnp.full(shapes[path].shape, STARTS[_last(path)], dtype or shapes[path].dtype)
+    arrays = {path: found[path] for path in shapes}
+    return Changed(dataclasses.replace(weights, config=config, arrays=arrays), new, unused)
 
 
 def _check_shapes(arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

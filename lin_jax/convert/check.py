@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lin_jax.convert.hugging_face import Weights
 from lin_jax.data.tokenizers import Tokenizer
@@ -43,7 +44,8 @@ def check_tokens(tokenizer: Tokenizer, longest: int) -> np.ndarray:
 def logits_of(weights: Weights, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits of our model, computed in float32."""
     config: Any = dataclasses.replace(weights.config, dtype="float32")
-    return np.asarray(Weights(config, weights.arrays).model()(jnp.asarray(tokens_BT)))
+    graph, state = nnx.split(dataclasses.replace(weights, config=config).model())
+    return np.asarray(jax.jit(lambda state, tokens_BT: nnx.merge(graph, state)(tokens_BT))(state, tokens_BT))
 
 
 def logits_of_transformers(directory: Path, tokens_BT: np.ndarray) -> np.ndarray | None:

@@ -1,48 +1,42 @@
 """Files of tensors in a directory: safetensors, one or several; PyTorch's .bin where torch is installed."""
 
+import abc
 import json
 import pickle
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lin_jax.config import ConfigError, require
+from lin_jax.convert.names import Tensor
 
 # Bytes after which a file of tensors is closed and the next one begun.
 SHARD_BYTES = 4 << 30
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = tuple(f"{name}.index.json" for name in _SINGLE)
+_PYTORCH = (".bin", ".pt", ".pth")
+# Names of types in safetensors; other types are no model's parameters.
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = tuple(_TYPES.values())
+_SHORT = {name: short for short, name in _TYPES.items()}
 
 
-class CheckpointFiles(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint by name, each read when it is asked for and not kept.
+class Tensors(Mapping[str, np.ndarray], abc.ABC):
+    """Arrays by name, each made when it is asked for and not kept.
 
-    Args:
-        directory: holds `model.safetensors` or `pytorch_model.bin`, or the shards that their index names.
-
-    Raises:
-        ConfigError: a file is missing, damaged, or holds other things than tensors; pickles are never executed.
+    Attributes:
+        shapes: the shape of every array.
+        types: the name of its type, as `numpy.dtype` takes it where it is one of a model's parameters.
     """
 
-    def __init__(self, directory: Path):
-        self._files = dict(_locate(directory))
-        self._torch: tuple[Path, Mapping[str, Any]] | None = None
-        self.shapes = {name: shape for file in sorted(set(self._files.values())) for name, shape in self._shapes(file)}
-        missing = sorted(self._files.keys() - self.shapes.keys())
-        require(not missing, f"{directory}: its index names {', '.join(missing[:3])}, which its files do not hold")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self._files[name]
-        if file.suffix == ".bin":
-            return _from_torch(self._load_torch(file)[name])
-        with _open(file) as tensors:
-            return tensors.get_tensor(name)
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, str]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -50,15 +44,64 @@ class CheckpointFiles(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def _shapes(self, file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """What a file holds of the names that are looked for in it."""
-        if file.suffix == ".bin":
-            yield from ((n, tuple(t.shape)) for n, t in self._load_torch(file).items() if self._files.get(n) == file)
+
+class Renamed(Tensors):
+    """Tensors under other names.
+
+    Args:
+        tensors: under theirs.
+        names: new name -> theirs.
+    """
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+        self.shapes = {name: tensors.shapes[old] for name, old in names.items()}
+        self.types = {name: tensors.types[old] for name, old in names.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+
+class CheckpointFiles(Tensors):
+    """The tensors of a checkpoint.
+
+    Args:
+        path: a file, or a directory with `model.safetensors` or `pytorch_model.bin`, or the shards that their index
+            names.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or holds other things than tensors; pickles are never executed.
+    """
+
+    def __init__(self, path: Path):
+        self._files = dict(_locate(path))
+        self._torch: tuple[Path, Mapping[str, Any]] | None = None
+        self.shapes, self.types = {}, {}
+        for file in sorted(set(self._files.values())):
+            for name, shape, kind in self._describe(file):
+                self.shapes[name], self.types[name] = shape, kind
+        missing = sorted(self._files.keys() - self.shapes.keys())
+        require(not missing, f"{path}: its index names {', '.join(missing[:3])}, which its files do not hold")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
+        if file.suffix in _PYTORCH:
+            return _from_torch(self._load_torch(file)[name])
+        with _open(file) as tensors:
+            return tensors.get_tensor(name)
+
+    def _describe(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Names, shapes and types of what a file holds of the names that are looked for in it."""
+        if file.suffix in _PYTORCH:
+            for name, tensor in self._load_torch(file).items():
+                if self._files.get(name) == file:
+                    yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             return
         with _open(file) as tensors:
             for name in list(tensors.keys()):
                 if self._files.get(name) == file:
-                    yield name, tuple(tensors.get_slice(name).get_shape())
+                    part = tensors.get_slice(name)
+                    yield name, tuple(part.get_shape()), _TYPES.get(part.get_dtype(), part.get_dtype())
 
     def _load_torch(self, file: Path) -> Mapping[str, Any]:
         """One file at a time stays open."""
@@ -69,6 +112,9 @@ class CheckpointFiles(Mapping[str, np.ndarray]):
 
 def _locate(directory: Path) -> Iterator[tuple[str, Path]]:
     """The name of every tensor and the file that holds it."""
+    if directory.is_file():
+        yield from ((name, directory) for name in _names(directory))
+        return
     for single, index in zip(_SINGLE, _INDEXES, strict=True):
         if (directory / index).is_file():
             yield from _read_index(directory, index)
@@ -91,7 +137,7 @@ def _read_index(directory: Path, index: str) -> Iterator[tuple[str, Path]]:
 
 
 def _names(file: Path) -> list[str]:
-    if file.suffix == ".bin":
+    if file.suffix in _PYTORCH:
         return list(_load_torch(file))
     with _open(file) as tensors:
         return list(tensors.keys())
@@ -99,13 +145,13 @@ def _names(file: Path) -> list[str]:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, "np")
+        return safe_open(file, "np", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is not a file of safetensors, or is cut short: {error}") from error
 
 
 def _load_torch(file: Path) -> Mapping[str, Any]:
-    """The tensors of a .bin file; anything else in its pickle is refused by torch and never executed."""
+    """The tensors of a PyTorch file; anything else in its pickle is refused by torch and never executed."""
     try:
         import torch
     except ImportError:
@@ -126,32 +172,43 @@ def _from_torch(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write safetensors, in several files with an index where they exceed `SHARD_BYTES`."""
-    where: dict[str, int] = {}
-    files, total = 0, 0
-    shard: dict[str, np.ndarray] = {}
-    for name, array in tensors:
-        if shard and sum(x.nbytes for x in shard.values()) + array.nbytes > SHARD_BYTES:
-            files, shard = _write_shard(directory, files, shard), {}
-        shard[name], where[name] = np.ascontiguousarray(array).reshape(array.shape), files
-        total += array.nbytes
-    files = _write_shard(directory, files, shard)
-    if files == 1:
-        (directory / _part(0)).rename(directory / _SINGLE[0])
+def write_tensors(directory: Path, tensors: Sequence[Tensor]) -> None:
+    """Write safetensors, one tensor at a time, in several files with an index where they exceed `SHARD_BYTES`."""
+    shards = _shards(tensors)
+    if len(shards) == 1:
+        _write_shard(directory / _SINGLE[0], shards[0])
         return
-    names = [f"model-{number + 1:05}-of-{files:05}.safetensors" for number in range(files)]
-    for number, name in enumerate(names):
-        (directory / _part(number)).rename(directory / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in where.items()}}
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(directory / file, shard)
+        where |= dict.fromkeys((tensor.name for tensor in shard), file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
     (directory / _INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _part(number: int) -> str:
-    return f"part-{number}.safetensors"
+def _shards(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
 
 
-def _write_shard(directory: Path, number: int, shard: dict[str, np.ndarray]) -> int:
-    """Write one file; returns the number of the next."""
-    save_file(shard, directory / _part(number), metadata={"format": "pt"})
-    return number + 1
+def _write_shard(file: Path, shard: Sequence[Tensor]) -> None:
+    """Write one file: the length of its head, the head as JSON, the bytes of all tensors (safetensors' README).
+
+    The library writes the same, but wants all of a file's tensors in memory at once.
+    """
+    head, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in shard:
+        begin, end = end, end + tensor.nbytes
+        entry = {"dtype": _SHORT[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
+        head[tensor.name] = entry  # type: ignore[assignment]
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor in shard:
+            out.write(np.ascontiguousarray(tensor.make(), dtype=tensor.dtype).reshape(-1).view(np.uint8).data)

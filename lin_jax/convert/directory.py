@@ -1,4 +1,4 @@
-"""Reads and writes whole directories: runs of lin_jax and those of Hugging Face, with their tokenizers."""
+"""Writes whole directories: runs of lin_jax and those of Hugging Face, with their tokenizers."""
 
 import contextlib
 import dataclasses
@@ -7,70 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lin_jax.config import Config, ConfigError, DataConfig, FlashConfig, require
-from lin_jax.convert.hugging_face import Weights, read_hugging_face, write_hugging_face
-from lin_jax.convert.names import parameters
-from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
-from lin_jax.train.checkpoint import checkpoints_directory, load_model, save_model, tokenizer_directory
-
-# Of a Hugging Face directory, kept in ours so that they can go back as they came.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-_KEPT = "hugging_face"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model that was read.
-
-    Attributes:
-        weights: settings and parameters.
-        config: all settings of the run; for a Hugging Face directory, those with which it is evaluated.
-        tokenizer: of the model.
-        tokenizer_files: a directory with the tokenizer's files in Hugging Face's form.
-    """
-
-    weights: Weights
-    config: Config
-    tokenizer: Tokenizer
-    tokenizer_files: Path
-
-
-def read_source(directory: Path) -> Source:
-    """The model in a directory of either kind.
-
-    Raises:
-        ConfigError: it is neither, or its parts do not agree.
-    """
-    require(directory.is_dir(), f"{directory} is not a directory")
-    if checkpoints_directory(str(directory)).exists():
-        model, tokenizer, config = load_model(str(directory))
-        weights = Weights(config.model, parameters(model))
-        files = Path(tokenizer_directory(str(directory)))
-        return Source(weights, config, tokenizer, files / _KEPT if (files / _KEPT).is_dir() else files)
-    weights = read_hugging_face(directory)
-    tokenizer = load_tokenizer(DataConfig(tokenizer=str(directory)), directory)
-    size = weights.config.vocabulary_size
-    require(
-        tokenizer.vocabulary_size <= size,
-        f"{directory}: its tokenizer has {tokenizer.vocabulary_size} tokens, but its model knows {size}",
-    )
-    assert not isinstance(weights.config, FlashConfig)
-    data = DataConfig(tokenizer=str(directory), sequence_length=weights.config.positions)
-    return Source(weights, Config(model=weights.config, data=data), tokenizer, directory)
+from lin_jax.config import ConfigError, require
+from lin_jax.convert.hub import TOKENIZER_FILES
+from lin_jax.convert.hugging_face import Weights, write_hugging_face
+from lin_jax.convert.source import KEPT, Source
+from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.train.checkpoint import save_model, tokenizer_directory
 
 
 @contextlib.contextmanager
@@ -80,7 +25,7 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         ConfigError: `target` exists and is not empty, and either `overwrite` is false or it is not of this program.
     """
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (target.parent / f".{target.name}.{os.getpid()}.{end}" for end in ("new", "old"))
     temporary.mkdir()
@@ -94,7 +39,8 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise `ConfigError` where `replacing` would."""
     require(not target.exists() or target.is_dir(), f"{target} exists and is not a directory")
     if not target.exists() or not any(target.iterdir()):
         return
@@ -105,17 +51,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def write_run(directory: Path, source: Source, weights: Weights, target: Path) -> None:
     """Write a run of lin_jax to `directory`, which will be renamed to `target`."""
-    _check_space(directory, weights, 4)
+    _check_space(directory, weights, None)
     config = dataclasses.replace(source.config, model=weights.config, workdir=str(target))
-    save_model(str(directory), weights.nested(), config, source.tokenizer)
-    kept = Path(tokenizer_directory(str(directory))) / _KEPT
+    try:
+        save_model(str(directory), weights.nested(), config, source.tokenizer)
+    except Exception as error:  # of the checkpoint library, which tells a full disk in several ways
+        raise ConfigError(f"{target} cannot be written: {str(error).strip().splitlines()[0][:300]}") from error
+    kept = Path(tokenizer_directory(str(directory))) / KEPT
     kept.mkdir()
     _copy_tokenizer(source.tokenizer_files, kept)
 
 
-def write_transformers(directory: Path, source: Source, weights: Weights, dtype: str) -> None:
-    """Write a directory that Hugging Face's library loads."""
-    _check_space(directory, weights, np.dtype(dtype).itemsize)
+def write_transformers(directory: Path, source: Source, weights: Weights, dtype: str | None) -> None:
+    """Write a directory that Hugging Face's library loads; `dtype` None keeps the type of each tensor."""
+    _check_space(directory, weights, dtype)
     tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": source.tokenizer.end_id}
     write_hugging_face(directory, weights, dtype, tokens)
     _copy_tokenizer(source.tokenizer_files, directory)
@@ -139,21 +88,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _check_space(directory: Path, weights: Weights, itemsize: int) -> None:
-    needed = itemsize * sum(array.size for array in weights.arrays.values())
+def _check_space(directory: Path, weights: Weights, dtype: str | None) -> None:
+    needed = sum(array.size * np.dtype(dtype or array.dtype).itemsize for array in weights.arrays.values())
     free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise ConfigError(f"{directory.parent} has {free:,} bytes left, but the tensors need {needed:,}")
-
-
-def read_back(directory: Path) -> Weights:
-    """What was written to a directory of either kind."""
-    if not checkpoints_directory(str(directory)).exists():
-        return read_hugging_face(directory)
-    model, _, config = load_model(str(directory))
-    return Weights(config.model, parameters(model))
-
-
-def tokens_in(config: Any) -> int:
-    """Tokens of the longest row that a model takes."""
-    return getattr(config, "positions", 1 << 30)
+    require(needed <= free, f"{directory.parent} has {free:,} bytes left, but the tensors need {needed:,}")

@@ -1,21 +1,27 @@
 """Directories of Hugging Face: config.json, tensors, tokenizer."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lin_jax.config import ConfigError, Gpt2Config, LlamaConfig, ModelConfig, require
 from lin_jax.convert import gpt2, llama
-from lin_jax.convert.checkpoint_files import CheckpointFiles, write_tensors
-from lin_jax.convert.names import each_of_theirs, parameters, read
+from lin_jax.convert.adapter import Adapted
+from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, Renamed, Tensors, write_tensors
+from lin_jax.convert.names import Entry, Tensor, names_of, read, tensors_of, unused_names
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
+from lin_jax.train.sharding import parameter_sharding
 from lin_jax.train.state import make_structure
 
 # model_type of config.json -> what knows its names.
@@ -25,10 +31,17 @@ _TYPES: dict[type, ModuleType] = {LlamaConfig: llama, Gpt2Config: gpt2}
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model as its settings and its parameters by path; see `lin_jax.convert.names.parameters`."""
+    """A model as its settings and its parameters by path; see `lin_jax.layers.parameter.parameters_by_path`.
+
+    Attributes:
+        config: the settings.
+        arrays: the parameters, each in its own type.
+        unused: names of the source's tensors that hold no parameters of the model.
+    """
 
     config: ModelConfig
     arrays: Mapping[str, Array]
+    unused: tuple[str, ...] = ()
 
     def model(self) -> Any:
         """The model."""
@@ -40,13 +53,38 @@ class Weights:
         return nnx.traversals.unflatten_mapping({tuple(path.split(".")): a for path, a in self.arrays.items()})
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where parameters are to lie, and in which type.
+
+    Attributes:
+        mesh: the devices; None is the first one.
+        dtype: of all parameters; None keeps the type of each, but for float64, which becomes float32.
+        float16: whether float16 may stay; else it becomes float32.
+    """
+
+    mesh: Mesh | None = None
+    dtype: str | None = None
+    float16: bool = False
+
+    def type_of(self, name: str) -> str:
+        """The type in which a parameter of the type `name` is to be held."""
+        narrow = name == "float64" or (name == "float16" and not self.float16)
+        return self.dtype or ("float32" if narrow else name)
+
+
 def shapes_of(config: ModelConfig) -> dict[str, Any]:
     """Shape and type of every parameter by path."""
-    return parameters(nnx.eval_shape(lambda: create_model(config, nnx.Rngs(0))))
+    return parameters_by_path(nnx.eval_shape(lambda: create_model(config, nnx.Rngs(0))))
 
 
-def read_hugging_face(directory: Path) -> Weights:
+def read_hugging_face(directory: Path, adapter: Path | None = None, target: Target = Target()) -> Weights:
     """The model of a directory.
+
+    Args:
+        directory: with config.json and tensors.
+        adapter: a LoRA adapter that is merged into it.
+        target: where the parameters are to lie, and their type.
 
     Raises:
         ConfigError: it is not one, of an unknown architecture, or its files do not agree with each other.
@@ -54,11 +92,60 @@ def read_hugging_face(directory: Path) -> Weights:
     values = read_config(directory)
     kind = values.get("model_type")
     require(kind in FAMILIES, f"{directory}: unknown architecture {kind!r}; there are {', '.join(FAMILIES)}")
-    family, files = FAMILIES[str(kind)], CheckpointFiles(directory)
-    config = family.config_from_hugging_face(values, files.shapes)
-    table = family.name_table(config)
-    theirs = _Prefixed(files, "transformer.") if family is gpt2 and "wte.weight" in files else files
-    return Weights(config, read(shapes_of(config), table, theirs, config.depth, family.ignored(config)))
+    family, tensors = FAMILIES[str(kind)], _tensors_in(directory)
+    if adapter is not None:
+        tensors = Adapted(tensors, adapter)
+    config = family.config_from_hugging_face(values, tensors.shapes)
+    return read_tensors(config, family.name_table(config), tensors, family.ignored(config), target)
+
+
+def _tensors_in(directory: Path) -> Tensors:
+    """Those of a directory; the first published files of GPT-2 lack a prefix."""
+    tensors = CheckpointFiles(directory)
+    bare = "wte.weight" in tensors
+    return Renamed(tensors, {f"transformer.{name}": name for name in tensors}) if bare else tensors
+
+
+def read_tensors(
+    config: ModelConfig, table: list[Entry], tensors: Tensors, ignored: tuple[str, ...], target: Target = Target()
+) -> Weights:
+    """A model of another code's tensors, one at a time.
+
+    Args:
+        config: of the model.
+        table: see `lin_jax.convert.names.read`.
+        tensors: the other code's.
+        ignored: ends of names that hold no parameters.
+        target: where the parameters are to lie, and their type.
+
+    Raises:
+        ConfigError: names, shapes or types that do not fit `config`.
+    """
+    wanted = _wanted(config, table, tensors, target)
+    arrays = read(wanted, table, tensors, config.depth, ignored)
+    return Weights(config, arrays, tuple(unused_names(table, tensors, config.depth)))
+
+
+def _wanted(config: ModelConfig, table: list[Entry], tensors: Tensors, target: Target) -> dict[str, Any]:
+    """Shape, type and place of every parameter."""
+    structure = make_structure(lambda rngs: create_model(config, rngs))
+    flat = nnx.to_flat_state(structure.abstract_parameters)
+    types = {entry.ours: _type_of(entry, tensors, config.depth, target) for entry in table}
+    wanted = {}
+    for path, variable in flat:
+        name, shape = ".".join(map(str, path)), variable.get_value().shape
+        where = None if target.mesh is None else parameter_sharding(target.mesh, variable.axes, shape)
+        wanted[name] = jax.ShapeDtypeStruct(shape, types.get(name, np.float32), sharding=where)
+    return wanted
+
+
+def _type_of(entry: Entry, tensors: Tensors, depth: int, target: Target) -> np.dtype:
+    """The type that holds all layers of one parameter."""
+    found = {name: tensors.types[name] for name in names_of(entry, depth) if name in tensors}
+    for name, kind in found.items():
+        require(kind in FLOATS, f"{name} is of type {kind}, but parameters are {', '.join(FLOATS)}")
+    kinds = {np.dtype(target.type_of(kind)) for kind in found.values()}
+    return np.result_type(*kinds) if kinds else np.dtype(np.float32)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -73,38 +160,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-class _Prefixed(Mapping[str, np.ndarray]):
-    """Tensors under names with a prefix that the first published files of GPT-2 lack."""
-
-    def __init__(self, files: CheckpointFiles, prefix: str):
-        self._files, self._prefix = files, prefix
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name.removeprefix(self._prefix)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._prefix + name for name in self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def write_hugging_face(directory: Path, weights: Weights, dtype: str, more: Mapping[str, Any]) -> None:
+def write_hugging_face(directory: Path, weights: Weights, dtype: str | None, more: Mapping[str, Any]) -> None:
     """Write config.json and tensors.
 
     Args:
         directory: exists.
         weights: the model.
-        dtype: type of the tensors.
+        dtype: type of the tensors; None keeps that of each.
         more: further entries of config.json, such as the ids of the tokens that begin and end a text.
 
     Raises:
         ConfigError: Hugging Face has no such model.
     """
     family, config = family_of(weights.config), weights.config
-    values = {**family.config_to_hugging_face(config), "torch_dtype": dtype, **more}
+    kind = dtype or np.dtype(weights.arrays["embedding"].dtype).name
+    values = {**family.config_to_hugging_face(config), "torch_dtype": kind, **more}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    write_tensors(directory, _tensors(family, weights, np.dtype(dtype)))
+    write_tensors(directory, list(_tensors(family, weights, dtype)))
 
 
 def family_of(config: ModelConfig) -> ModuleType:
@@ -112,14 +184,13 @@ def family_of(config: ModelConfig) -> ModuleType:
     family = _TYPES.get(type(config))
     if family is None:
         raise ConfigError(
-            f"only {' and '.join(FAMILIES)} models are converted, but this is a {config.architecture} model"
+            f"only {' and '.join(FAMILIES)} models have Hugging Face's form, but this is a {config.architecture} model"
         )
     return family
 
 
-def _tensors(family: ModuleType, weights: Weights, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    table, depth = family.name_table(weights.config), weights.config.depth
-    for name, array in each_of_theirs(table, weights.arrays, depth):
-        yield name, array.astype(dtype)
+def _tensors(family: ModuleType, weights: Weights, dtype: str | None) -> Iterator[Tensor]:
+    for tensor in tensors_of(family.name_table(weights.config), weights.arrays, weights.config.depth):
+        yield tensor if dtype is None else dataclasses.replace(tensor, dtype=np.dtype(dtype))
     for name, array in family.extra_tensors(weights.config).items():
-        yield name, array.astype(dtype)
+        yield Tensor(name, array.shape, np.dtype(dtype or array.dtype), functools.partial(np.asarray, array))

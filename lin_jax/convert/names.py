@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lin_jax.config import ConfigError, require
+from lin_jax.layers.parameter import parameters_by_path
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -58,25 +61,39 @@ def scalar(theirs: str, ours: str) -> Entry:
     return Entry(theirs, ours, lambda x: x.reshape(()), lambda x: x.reshape(1))
 
 
-def parameters(model: Any) -> dict[str, Any]:
-    """The trainable arrays of a model by path, joined by dots; shapes and types of an abstract one."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An array under the other code's name that is made when it is needed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:
     """Our arrays (parameters, or gradients of the same paths) under the other code's names."""
-    return dict(each_of_theirs(table, ours, depth))
+    return {tensor.name: tensor.make() for tensor in tensors_of(table, ours, depth)}
 
 
-def each_of_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> Iterator[tuple[str, np.ndarray]]:
-    """`to_theirs`, one layer's array at a time."""
+def tensors_of(table: list[Entry], ours: Mapping[str, Array], depth: int) -> Iterator[Tensor]:
+    """What `to_theirs` gives, each to be made when it is needed."""
     for entry in table:
-        if "{layer}" not in entry.theirs:
-            yield entry.theirs, entry.to_theirs(np.asarray(ours[entry.ours]))
-            continue
-        for layer in range(depth):
-            yield entry.theirs.format(layer=layer), entry.to_theirs(np.asarray(ours[entry.ours][layer]))
+        array, stacked = ours[entry.ours], "{layer}" in entry.theirs
+        nothing = np.broadcast_to(np.zeros((), array.dtype), array.shape[1:] if stacked else array.shape)
+        shape = entry.to_theirs(nothing).shape
+        for layer, name in enumerate(names_of(entry, depth)):
+            make = functools.partial(_their_array, entry, array, layer if stacked else None)
+            yield Tensor(name, shape, np.dtype(array.dtype), make)
+
+
+def _their_array(entry: Entry, array: Array, layer: int | None) -> np.ndarray:
+    return entry.to_theirs(np.asarray(array if layer is None else array[layer]))
 
 
 def load(
@@ -98,7 +115,7 @@ def load(
     Raises:
         ConfigError: an array is missing, left over or of another shape, or the table leaves a parameter out.
     """
-    ours = parameters(model)
+    ours = parameters_by_path(model)
     for path, array in read(ours, table, theirs, depth, ignore).items():
         _assign(model, path, array)
 
@@ -113,7 +130,7 @@ def read(
     """Our arrays of the other code's, which are asked for one at a time.
 
     Args:
-        ours: an array, or its shape and type, for every parameter of the model.
+        ours: an array, or its shape and type (and where it is to lie), for every parameter of the model.
         table: one entry for each of them.
         theirs: the other code's arrays by name; may read them from a file when they are asked for.
         depth: layers.
@@ -126,31 +143,41 @@ def read(
     return {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours]) for entry in table}
 
 
+def unused_names(table: list[Entry], theirs: Collection[str], depth: int) -> list[str]:
+    """The names in `theirs` that no entry reads."""
+    wanted = {name for entry in table for name in names_of(entry, depth)}
+    return sorted(set(theirs) - wanted)
+
+
 def _check_names(
     ours: Collection[str], table: list[Entry], theirs: Collection[str], depth: int, ignore: tuple[str, ...]
 ) -> None:
-    wanted = {name for entry in table for name in _names(entry, depth)}
+    wanted = {name for entry in table for name in names_of(entry, depth)}
     missing = sorted(wanted - set(theirs))
     require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
-    unused = sorted(name for name in set(theirs) - wanted if not name.endswith(ignore))
+    unused = [name for name in unused_names(table, theirs, depth) if not name.endswith(ignore)]
     require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
     unset = sorted(set(ours) - {entry.ours for entry in table})
     require(not unset, f"no entry of the table sets {', '.join(unset)}")
 
 
 def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, like: Any) -> Array:
-    """Our array of one entry; stacked layers are written into their place one after another."""
+    """Our array of one entry, where it is to lie; stacked layers are written into their place one after another."""
+    where = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
     if "{layer}" not in entry.theirs:
-        return jnp.asarray(_fitting(entry, entry.theirs, theirs, like.shape), like.dtype)
-    stack = jnp.zeros(like.shape, like.dtype)
-    for layer, name in enumerate(_names(entry, depth)):
-        stack = _set_layer(stack, _fitting(entry, name, theirs, like.shape[1:]).astype(like.dtype), layer)
+        return jax.device_put(_fitting(entry, entry.theirs, theirs, like.shape).astype(like.dtype, copy=False), where)
+    stack = jnp.zeros(like.shape, like.dtype, device=where)
+    of_layer = None if where is None else NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+    for layer, name in enumerate(names_of(entry, depth)):
+        array = _fitting(entry, name, theirs, like.shape[1:]).astype(like.dtype, copy=False)
+        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(array, of_layer), layer, where))
     return stack
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: Array, array: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_layer(stack: Array, array: Array, layer: Array, where: NamedSharding | None) -> Array:
+    stack = jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+    return stack if where is None else jax.lax.with_sharding_constraint(stack, where)
 
 
 def _fitting(entry: Entry, name: str, theirs: Mapping[str, np.ndarray], expected: tuple[int, ...]) -> np.ndarray:
@@ -165,7 +192,8 @@ def _fitting(entry: Entry, name: str, theirs: Mapping[str, np.ndarray], expected
     return array
 
 
-def _names(entry: Entry, depth: int) -> list[str]:
+def names_of(entry: Entry, depth: int) -> list[str]:
+    """The other code's names that an entry reads, one a layer."""
     if "{layer}" not in entry.theirs:
         return [entry.theirs]
     return [entry.theirs.format(layer=layer) for layer in range(depth)]

@@ -1,49 +1,48 @@
 """What `convert_weights.py` does: read, change the attention, write, compare."""
 
-import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lin_jax.config import require
-from lin_jax.convert.attention import change_attention, target_config
+from lin_jax.config import MeshConfig, require
+from lin_jax.convert.attention import Changed, change_attention, target_config
 from lin_jax.convert.check import check_tokens, compare, logits_of, logits_of_transformers
-from lin_jax.convert.directory import (
-    Source,
-    read_back,
-    read_source,
-    replacing,
-    tokens_in,
-    write_run,
-    write_transformers,
-)
-from lin_jax.convert.hugging_face import Weights, family_of
+from lin_jax.convert.directory import check_target, replacing, write_run, write_transformers
+from lin_jax.convert.hugging_face import Target, Weights, family_of
+from lin_jax.convert.source import Input, read_source, tokens_in
+from lin_jax.train.sharding import make_mesh
 
 Report = Callable[[str], None]
 
 
 def convert(
-    source_directory: Path,
+    source_name: str,
     target: Path,
     *,
     attention: str | None = None,
     overrides: list[str] | None = None,
     dtype: str | None = None,
     to: str = "lin_jax",
+    tokenizer: str | None = None,
+    adapter: Path | None = None,
     check: bool = False,
     overwrite: bool = False,
     report: Report = print,
 ) -> None:
-    """Convert a model between directories of Hugging Face and lin_jax, and to another attention.
+    """Convert a model to a directory of Hugging Face or of lin_jax, and to another attention.
 
     Args:
-        source_directory: of either kind.
+        source_name: a directory of either kind, a file of llama2.c or with the official FLASH, or a model's name on
+            the Hugging Face Hub.
         target: is made; replaced as a whole with `overwrite`.
         attention: a name of `lin_jax.config.ABLATIONS`; None keeps the source's.
         overrides: `--config.model.field=value`.
-        dtype: of the tensors of a Hugging Face directory, or of the activations of a lin_jax model, whose parameters
-            are float32; None keeps the source's.
+        dtype: of the parameters that are written; None keeps that of each (but lin_jax has no float16, it takes
+            float32). The type of activations is `--config.model.dtype`.
         to: "lin_jax" or "hf".
+        tokenizer: a directory with one; None takes the source's own.
+        adapter: a LoRA adapter to be merged into the source.
         check: compare the logits of source and result, as read back from their files.
         overwrite: whether `target` may hold another model.
         report: is told what was done.
@@ -51,43 +50,79 @@ def convert(
     Raises:
         ConfigError: the source or a setting is wrong; nothing is written then.
     """
-    source_directory, target = source_directory.absolute(), target.absolute()
-    inside = source_directory == target or target in source_directory.parents
-    require(not inside, f"--output {target} is or holds --input {source_directory}: choose another")
-    source = read_source(source_directory)
-    family_of(source.weights.config)
-    config = target_config(source.config, attention, overrides or []).model
-    if to == "lin_jax" and dtype is not None:
-        require(dtype != "float16", "--dtype float16 is for --to hf: activations are float32 or bfloat16")
-        config = dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
-    changed = change_attention(source.weights, config)
+    target = target.absolute()
+    _require_apart(Path(source_name).absolute(), target)
+    check_target(target, overwrite)
+    if to == "lin_jax":
+        require(dtype != "float16", "--dtype float16 is for --to hf: parameters of lin_jax are float32 or bfloat16")
+    given = Input(source_name, tokenizer, adapter, tuple(overrides or ()))
+    changed = _convert(given, target, Target(_mesh(), dtype, float16=to == "hf"), attention, to, overwrite)
+    _report_names(changed, target, report)
+    del changed
+    if check:
+        _check(given, target, report)
+
+
+def _convert(given: Input, target: Path, place: Target, attention: str | None, to: str, overwrite: bool) -> Changed:
+    source = read_source(given, place)
+    if to == "hf":
+        family_of(source.weights.config)
+    config = target_config(source.config, attention, list(given.overrides)).model
+    changed = change_attention(source.weights, config, place.dtype)
     with replacing(target, overwrite) as directory:
         if to == "hf":
-            write_transformers(directory, source, changed.weights, dtype or config.dtype)
+            write_transformers(directory, source, changed.weights, place.dtype)
         else:
             write_run(directory, source, changed.weights, target)
-    _report_names(source, changed, config, target, report)
-    if check:
-        _check(source, source_directory, target, report)
+    return changed
 
 
-def _report_names(source: Source, changed: Any, config: Any, target: Path, report: Report) -> None:
-    count = sum(array.size for array in changed.weights.arrays.values())
-    report(f"{target}: {config.architecture}, {config.attention.kind} attention, {count:,} parameters")
+def _require_apart(source: Path, target: Path) -> None:
+    inside = source == target or target in source.parents
+    require(not inside, f"--output {target} is or holds --input {source}: choose another")
+
+
+def _mesh() -> Any:
+    """All devices, each with a part of every parameter that can be cut."""
+    return make_mesh(MeshConfig(data=1, fsdp=-1))
+
+
+def _report_names(changed: Changed, target: Path, report: Report) -> None:
+    weights, config = changed.weights, changed.weights.config
+    count = sum(array.size for array in weights.arrays.values())
+    types = ", ".join(sorted({str(array.dtype) for array in weights.arrays.values()}))
+    report(f"{target}: {config.architecture}, {config.attention.kind} attention, {count:,} parameters, {types}")
     if changed.new:
         report(f"new, with the values of a fresh model: {', '.join(changed.new)}")
-    if changed.unused:
-        report(f"not used: {', '.join(changed.unused)}")
+    unused = [*changed.unused, *_without_numbers(weights.unused)]
+    if unused:
+        report(f"not used: {', '.join(unused)}")
 
 
-def _check(source: Source, source_directory: Path, target: Path, report: Report) -> None:
-    result: Weights = read_back(target)
-    tokens_BT = check_tokens(source.tokenizer, tokens_in(result.config))
-    logits_BTV = logits_of(result, tokens_BT)
-    report(f"result against source: {compare(logits_of(source.weights, tokens_BT), logits_BTV)}")
-    for name, directory, weights in (("source", source_directory, source.weights), ("result", target, result)):
-        # The library knows the original attention only.
-        plain = (directory / "config.json").is_file() and weights.config.attention.kind == "softmax"
-        theirs_BTV = logits_of_transformers(directory, tokens_BT) if plain else None
+def _without_numbers(names: Iterable[str]) -> list[str]:
+    """`names` with * for the numbers of layers, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+
+
+def _check(given: Input, target: Path, report: Report) -> None:
+    """Read both again, in the types of their files, one after the other."""
+    place = Target(_mesh(), float16=True)
+    source = read_source(given, place)
+    tokens_BT = check_tokens(source.tokenizer, tokens_in(source.config.model, otherwise=1 << 30))
+    source_BTV, path = logits_of(source.weights, tokens_BT), Path(given.name)
+    whole = path if given.adapter is None else None
+    plain = {"source": whole if _is_plain(source.weights, path) else None}
+    del source
+    result = read_source(Input(str(target)), place).weights
+    result_BTV = logits_of(result, tokens_BT)
+    report(f"result against source: {compare(source_BTV, result_BTV)}")
+    plain["result"] = target if _is_plain(result, target) else None
+    for name, directory in plain.items():
+        theirs_BTV = None if directory is None else logits_of_transformers(directory, tokens_BT)
         if theirs_BTV is not None:
-            report(f"result against transformers on the {name}: {compare(theirs_BTV, logits_BTV)}")
+            report(f"result against transformers on the {name}: {compare(theirs_BTV, result_BTV)}")
+
+
+def _is_plain(weights: Weights, directory: Path) -> bool:
+    """Whether Hugging Face's library computes this model: it knows the original attention only."""
+    return (directory / "config.json").is_file() and weights.config.attention.kind == "softmax"

@@ -7,6 +7,7 @@ since a changed byte inside an array is read back without complaint). Frozen par
 """
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,9 @@ from lin_jax.train.state import Structure, TrainState, initial_state
 from lin_jax.train.trainable import NEW, structure_of
 
 Report = Callable[[str], None]
+
+# Bytes of a file that `save_model` writes at a time.
+CHUNK_BYTES = 1 << 26
 
 # Settings that a resumed run may change: they do not alter what is learned from what, only how it is computed,
 # watched and kept. `train.steps` may grow (the schedule is then that of the new length).
@@ -242,23 +246,29 @@ class Checkpoints:
 def save_model(workdir: str, parameters: Any, config: Config, tokenizer: Tokenizer) -> None:
     """Writes a model that `load_model` reads, as step 0 of a run that has not been trained.
 
+    Takes little memory beside the parameters: they are written in chunks, not gathered first (no OCDBT).
+
     Args:
         workdir: a directory without checkpoints.
-        parameters: nested dictionaries of arrays; the model has no constants.
+        parameters: nested dictionaries of arrays, which keep their types; the model has no constants.
         config: the settings, the model's among them.
         tokenizer: the one whose tokens the model knows.
     """
     item = {"parameters": parameters, "constants": {}}
     meta = {"config": config_to_dict(config), "checksums": {"model": _checksums(item)}}
-    with _writer(checkpoints_directory(workdir), config.checkpoint) as manager:
-        args = ocp.args.Composite(model=ocp.args.StandardSave(item), meta=ocp.args.JsonSave(meta))
-        manager.save(0, args=args)
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False), "meta": ocp.JsonCheckpointHandler()}
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), item)
+    directory = checkpoints_directory(workdir)
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        model = ocp.args.StandardSave(item, save_args=chunked)
+        manager.save(0, args=ocp.args.Composite(model=model, meta=ocp.args.JsonSave(meta)))
         manager.wait_until_finished()
     tokenizer.save(tokenizer_directory(workdir))
 
 
 def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokenizer, Config]:
-    """The model, tokenizer and settings of a trained run.
+    """The model, tokenizer and settings of a trained run; its parameters have the types that were saved.
 
     Args:
         path: a run's workdir (its newest checkpoint that can be read is taken) or `workdir/checkpoints/STEP`.
@@ -292,8 +302,9 @@ def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
     shardings = (structure.parameter_shardings(mesh), jax.tree.map(lambda _: replicated(mesh), shapes[1]))
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    item = ocp.args.StandardRestore({"parameters": structure.split(abstract[0])[0], "constants": abstract[1]})
-    found = manager.restore(step, args=ocp.args.Composite(model=item))["model"]
+    wanted = {"parameters": structure.split(abstract[0])[0], "constants": abstract[1]}
+    item = _as_saved(wanted, manager.directory / str(step) / "model")
+    found = _restore_one_by_one(manager, step, item)
     _require_checksums({"model": found}, meta)
     frozen = _load_frozen(config, structure, mesh)
     _require_same_frozen(frozen, meta, config)
@@ -371,6 +382,37 @@ def _require_same_frozen(frozen: Any, meta: Mapping[str, Any], config: Config) -
     )
 
 
+def _as_saved(item: Any, directory: epath.Path) -> Any:
+    """`item`, arrays that are wanted, with the types that a checkpoint holds them in."""
+    saved = ocp.StandardCheckpointHandler().metadata(directory).tree
+    types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree.leaves_with_path(saved)}
+    wanted = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(item)}
+    if types.keys() != wanted:
+        raise ValueError(f"{directory} holds other arrays than the model: {sorted(types.keys() ^ wanted)[:3]}")
+    typed = lambda path, s: jax.ShapeDtypeStruct(s.shape, types[jax.tree_util.keystr(path)], sharding=s.sharding)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(typed, item)
+
+
+def _restore_one_by_one(manager: Any, step: int, item: Any) -> Any:
+    """The arrays of a model; what reading takes beside them is that of a single one."""
+    leaves, structure = jax.tree.flatten_with_path(item)
+    arrays = []
+    for path, leaf in leaves:
+        arrays.append(_restore_array(manager, step, path, leaf))
+        if arrays[-1].nbytes > CHUNK_BYTES:
+            gc.collect()  # The library leaves what it read in a cycle of references.
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _restore_array(manager: Any, step: int, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    item: Any = leaf
+    for key in reversed(path):
+        item = {key.key: item}
+    how = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+    return jax.tree.leaves(manager.restore(step, args=ocp.args.Composite(model=args))["model"])[0]
+
+
 def _workdir_and_step(path: str) -> tuple[str, int | None]:
     place = epath.Path(path)
     if place.parent.name == "checkpoints" and place.name.isdigit():
@@ -426,21 +468,32 @@ def _metrics(validation_loss: float | None) -> dict[str, float] | None:
 
 
 @jax.jit
-def _sums_of_bits(tree: Any) -> Any:
-    return jax.tree.map(_sum_of_bits, tree)
-
-
-def _sum_of_bits(array: jax.Array) -> jax.Array:
-    """The sum of an array's bits as integers, modulo 2**32: the same however the array is cut."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+def _sum_on_device(array: jax.Array) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
-        array = jax.lax.bitcast_convert_type(array, unsigned[array.dtype.itemsize])
+        array = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize])
     return jnp.sum(array.astype(jnp.uint32), dtype=jnp.uint32)
 
 
+def _sum_on_host(array: jax.Array) -> int:
+    """As on a device; XLA's CPU programs would take twice the array's memory for it."""
+    shards = (np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        shards = (shard.view(_UNSIGNED[array.dtype.itemsize]) for shard in shards)
+    return sum(int(np.sum(shard, dtype=np.uint32)) for shard in shards) % 2**32
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def _sum_of_bits(array: jax.Array) -> int:
+    """The sum of an array's bits as integers, modulo 2**32: the same however the array is cut."""
+    on_host = array.is_fully_addressable and jax.default_backend() == "cpu"
+    return _sum_on_host(array) if on_host else int(_sum_on_device(array))
+
+
 def _checksums(item: Any) -> dict[str, int]:
-    leaves = jax.tree.leaves_with_path(jax.device_get(_sums_of_bits(item)))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): int(np.asarray(leaf)) for path, leaf in leaves}
+    leaves = jax.tree.leaves_with_path(item)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): _sum_of_bits(leaf) for path, leaf in leaves}
 
 
 def _require_checksums(items: Mapping[str, Any], meta: Mapping) -> None:

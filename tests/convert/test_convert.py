@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import eval as eval_program
 import train as train_program
 from lin_jax.config import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
-from lin_jax.convert.hugging_face import Weights, read_hugging_face, shapes_of, write_hugging_face
-from lin_jax.convert.names import parameters
+from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 
@@ -98,6 +99,59 @@ def test_there_and_back(name, tmp_path, capsys):
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert read_hugging_face(tmp_path / "back").config == MODELS[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours", "source"]
+
+
+def types_of(directory):
+    model, _, _ = load_model(str(directory))
+    return {str(array.dtype) for array in parameters_by_path(model).values()}
+
+
+def test_parameters_keep_their_type(tmp_path):
+    source = make_directory(tmp_path / "source", MODELS["llama_tied"])  # bfloat16
+    assert convert(source, tmp_path / "same") == 0 and types_of(tmp_path / "same") == {"bfloat16"}
+    assert convert(source, tmp_path / "wide", "--dtype", "float32") == 0 and types_of(tmp_path / "wide") == {"float32"}
+    assert load_model(str(tmp_path / "wide"))[2].model.dtype == "bfloat16"  # of activations, which nothing changed
+    assert convert(tmp_path / "wide", tmp_path / "narrow", "--dtype", "bfloat16") == 0
+    assert types_of(tmp_path / "narrow") == {"bfloat16"}
+    assert convert(tmp_path / "wide", tmp_path / "back", "--to", "hf", "--dtype", "bfloat16") == 0
+    assert_same_tensors(source, tmp_path / "back")
+    augmented = ("--attention", "augmented", "--config.model.dtype=float32")
+    assert convert(source, tmp_path / "augmented", *augmented) == 0
+    assert types_of(tmp_path / "augmented") == {"bfloat16", "float32"}  # what is new is float32
+    assert load_model(str(tmp_path / "augmented"))[2].model.dtype == "float32"
+
+
+def test_narrow_types_lose_and_the_check_tells(tmp_path, capsys):
+    source = make_directory(tmp_path / "source", LLAMA)
+    assert convert(source, tmp_path / "narrow", "--dtype", "bfloat16", "--check") == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("result against source: max |logit difference| ")[1].split(",")[0]) > 1e-3
+
+
+def test_float16(tmp_path):
+    source = make_directory(tmp_path / "source", LLAMA)
+    assert convert(source, tmp_path / "half", "--to", "hf", "--dtype", "float16") == 0
+    assert convert(tmp_path / "half", tmp_path / "again", "--to", "hf") == 0
+    assert_same_tensors(tmp_path / "half", tmp_path / "again")
+    assert convert(tmp_path / "half", tmp_path / "run") == 0 and types_of(tmp_path / "run") == {"float32"}
+    assert convert(tmp_path / "run", tmp_path / "back", "--to", "hf", "--dtype", "float16") == 0
+    assert_same_tensors(tmp_path / "half", tmp_path / "back")
+
+
+def test_no_parameters_but_floats(tmp_path, capsys):
+    source = make_directory(tmp_path / "source", LLAMA)
+    edit_tensors(source, lambda tensors: tensors.update({NORM: np.ones(16, np.int8)}))
+    assert convert(source, tmp_path / "out") == 2
+    assert_refused(capsys, f"{NORM} is of type I8, but parameters are float64, float32, float16, bfloat16")
+
+
+def test_each_device_gets_its_part(source):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    whole, cut = read_hugging_face(source).arrays, read_hugging_face(source, target=Target(mesh)).arrays
+    for path, array in whole.items():
+        np.testing.assert_array_equal(cut[path], array)
+    for path in ("embedding", "layers.attention.query.kernel", "layers.feed_forward.down.kernel"):
+        assert {shard.data.size * 8 for shard in cut[path].addressable_shards} == {cut[path].size}, path
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -265,6 +319,26 @@ def test_a_full_disk(source, tmp_path, capsys, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("to", "function"), [("lin_jax", "save_model"), ("hf", "write_hugging_face")])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_disk_that_fills_up_meanwhile(to, function, there, source, tmp_path, capsys, monkeypatch):
+    if there:
+        assert convert(source, tmp_path / "out", "--to", to) == 0
+        capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = getattr(directory, function)
+
+    def full(*arguments):
+        write(*arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(directory, function, full)
+    assert convert(source, tmp_path / "out", "--to", to, "--overwrite") == 2
+    assert_refused(capsys, "No space left on device")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if there else [])
+
+
 def test_what_is_there_stays(source, tmp_path, capsys):
     target = tmp_path / "out"
     target.mkdir()
@@ -314,18 +388,18 @@ def test_a_trained_model_goes_to_hugging_face(tmp_path, capsys):
     back = read_hugging_face(tmp_path / "hf")
     model, tokenizer, config = load_model(str(run))
     assert back.config == config.model and np.asarray(back.arrays["layers.attention.mixing.filter"]).any()
-    for path, array in parameters(model).items():
+    for path, array in parameters_by_path(model).items():
         np.testing.assert_array_equal(back.arrays[path], array)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.encode("abc 7") == tokenizer.encode("abc 7").tolist() and theirs.eos_token_id == tokenizer.end_id
 
 
-def test_flash_is_not_converted(source, tmp_path, capsys):
-    config = FlashConfig(vocabulary_size=8, width=4, depth=1, query_key_size=4, rotary_size=2)
+def test_hugging_face_has_no_flash(tmp_path, capsys):
+    config = FlashConfig(vocabulary_size=257, width=4, depth=1, query_key_size=4, rotary_size=2)
     arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
     save_model(str(tmp_path / "flash"), Weights(config, arrays).nested(), Config(model=config), BytesTokenizer())
-    assert convert(tmp_path / "flash", tmp_path / "out") == 2
-    assert_refused(capsys, "only llama and gpt2 models are converted, but this is a flash model")
+    assert convert(tmp_path / "flash", tmp_path / "out", "--to", "hf") == 2
+    assert_refused(capsys, "only llama and gpt2 models have Hugging Face's form, but this is a flash model")
 
 
 class Trap:
@@ -351,7 +425,13 @@ def test_files_of_pytorch(source, tmp_path, capsys):
     torch.save({NORM: Trap(tmp_path / "executed")}, bad / "pytorch_model.bin")
     assert convert(bad, tmp_path / "worse") == 2
     assert_refused(capsys, "is not a file of tensors alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "out"]
+    (bad / "pytorch_model.bin").rename(tmp_path / "single.pt")
+    assert convert(tmp_path / "single.pt", tmp_path / "worse") == 2
+    assert_refused(capsys, "is not a file of tensors alone")
+    (tmp_path / "single.pt").write_bytes(pickle.dumps({NORM: Trap(tmp_path / "executed")}))
+    assert convert(tmp_path / "single.pt", tmp_path / "worse") == 2
+    assert_refused(capsys, "is not a file of tensors alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "out", "single.pt"]
 
 
 @pytest.fixture(scope="module")

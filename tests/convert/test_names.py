@@ -7,7 +7,8 @@ from flax import nnx
 
 from lin_jax.config import AttentionConfig, ConfigError, FlashConfig
 from lin_jax.convert.flash import from_official, name_table, to_official
-from lin_jax.convert.names import Entry, load, parameters
+from lin_jax.convert.names import Entry, load
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash
 
 CONFIG = FlashConfig(
@@ -27,9 +28,9 @@ def official(model):
 
 
 def test_there_and_back(model, official):
-    back = parameters(from_official(CONFIG, official, KERNEL))
-    assert back.keys() == parameters(model).keys()
-    for path, array in parameters(model).items():
+    back = parameters_by_path(from_official(CONFIG, official, KERNEL))
+    assert back.keys() == parameters_by_path(model).keys()
+    for path, array in parameters_by_path(model).items():
         np.testing.assert_array_equal(back[path], array)
 
 
@@ -78,13 +79,13 @@ def test_refuses_checkpoints_that_do_not_fit(official, change, message):
 def test_a_table_must_set_every_parameter_and_sets_none_otherwise(official):
     model = from_official(CONFIG, official, KERNEL)
     official = {name: 2 * array for name, array in official.items()}
-    before = {path: np.asarray(array) for path, array in parameters(model).items()}
+    before = {path: np.asarray(array) for path, array in parameters_by_path(model).items()}
     table = [entry for entry in name_table(CONFIG, KERNEL) if entry.ours != "norm.bias"]
     with pytest.raises(ConfigError, match="no entry of the table sets norm.bias"):
         load(model, table, without(official, "to_logits.0.bias"), CONFIG.depth, ())
     with pytest.raises(ConfigError, match="to_logits.1.bias"):
         load(model, name_table(CONFIG, KERNEL), {**official, "to_logits.1.bias": np.ones(3)}, CONFIG.depth, ())
-    for path, array in parameters(model).items():
+    for path, array in parameters_by_path(model).items():
         np.testing.assert_array_equal(array, before[path])
 
 

@@ -1,0 +1,146 @@
+"""The models that can be read: runs of lin_jax, directories of Hugging Face, files of other code."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxtyping import Array
+
+from lin_jax.config import Config, DataConfig, FinetuneConfig, FlashConfig, ModelConfig, require
+from lin_jax.convert import flash, llama
+from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
+from lin_jax.convert.hub import local_path
+from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, read_tensors
+from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
+from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
+from lin_jax.layers.lora import merge_lora
+from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.overrides import apply_overrides
+from lin_jax.train.checkpoint import checkpoints_directory, load_model, tokenizer_directory
+
+# Where a run keeps the tokenizer's files as they came from Hugging Face.
+KEPT = "hugging_face"
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What is to be read.
+
+    Attributes:
+        name: a directory, a file, or a model's name on the Hugging Face Hub.
+        tokenizer: a directory or name of a tokenizer, or "bytes"; None takes the source's own.
+        adapter: the directory of a LoRA adapter that is merged into a model in Hugging Face's form.
+        overrides: `--config.model.field=value`: what an official FLASH does not tell of itself.
+    """
+
+    name: str
+    tokenizer: str | None = None
+    adapter: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that was read.
+
+    Attributes:
+        weights: settings and parameters.
+        config: all settings of the run; for another source, those with which it is evaluated.
+        tokenizer: of the model.
+        tokenizer_files: a directory with the tokenizer's files in Hugging Face's form.
+    """
+
+    weights: Weights
+    config: Config
+    tokenizer: Tokenizer
+    tokenizer_files: Path
+
+
+def read_source(given: Input, target: Target) -> Source:
+    """The model that is meant, of any kind that can be read.
+
+    Raises:
+        ConfigError: it is of none, or its parts do not agree.
+    """
+    path = local_path(given.name)
+    if path.is_dir() and checkpoints_directory(str(path)).exists():
+        require(
+            given.adapter is None, "--adapter is for models in Hugging Face's form, but --input is a run of lin_jax"
+        )
+        return _read_run(path, given, target)
+    if (path / "config.json").is_file():
+        weights = read_hugging_face(path, given.adapter, target)
+        return _source(weights, *_tokenizer_of(path, given.tokenizer or str(path)))
+    require(given.adapter is None, f"--adapter is for models in Hugging Face's form, but {path} has no config.json")
+    weights = _read_llama2c(path, target) if path.is_file() and is_llama2c(path) else _read_flash(path, given, target)
+    require(given.tokenizer is not None, f"{path} has no tokenizer: give --tokenizer DIR")
+    return _source(weights, *_tokenizer_of(path, str(given.tokenizer)))
+
+
+def _read_run(path: Path, given: Input, target: Target) -> Source:
+    model, tokenizer, config = load_model(str(path), target.mesh)
+    merge_lora(model)
+    weights = Weights(config.model, _typed(parameters_by_path(model), target))
+    kept = Path(tokenizer_directory(str(path)))
+    files = kept / KEPT if (kept / KEPT).is_dir() else kept
+    if given.tokenizer is not None:
+        tokenizer, files = _tokenizer_of(path, given.tokenizer)
+    _require_known_tokens(tokenizer, weights.config, str(files))
+    return Source(weights, _on_its_own(config, str(files)), tokenizer, files)
+
+
+def _on_its_own(config: Config, tokenizer: str) -> Config:
+    """The settings without the model that a run was started from."""
+    data = config.data
+    if data.tokenizer == "checkpoint":
+        data = dataclasses.replace(data, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data, finetune=FinetuneConfig())
+
+
+def _typed(arrays: dict[str, Array], target: Target) -> dict[str, Array]:
+    """`arrays` in the types they are to have; each is let go once another has taken its place."""
+    return {path: array.astype(target.type_of(array.dtype.name)) for path, array in arrays.items()}
+
+
+def _read_llama2c(file: Path, target: Target) -> Weights:
+    tensors = Llama2cFile(file)
+    return read_tensors(tensors.config, llama.name_table(tensors.config), tensors, (), target)
+
+
+def _read_flash(path: Path, given: Input, target: Target) -> Weights:
+    tensors = _flash_tensors(path)
+    config = Config(model=flash.config_from_shapes(tensors.shapes))
+    model = apply_overrides(config, given.overrides).model
+    assert isinstance(model, FlashConfig)
+    table = flash.name_table(model, flash.kernel_of(tensors.shapes))
+    return read_tensors(model, table, tensors, flash.ignored(model), target)
+
+
+def _flash_tensors(path: Path) -> Tensors:
+    kind = "of an official FLASHTransformer, of llama2.c, nor of a model with its config.json beside it"
+    require(path.is_file() or any(path.glob("*model*")), f"{path} has no config.json, and is no run of lin_jax")
+    tensors = CheckpointFiles(path)
+    require(flash.is_official(tensors), f"{path} has no config.json, and its tensors are neither {kind}")
+    return flash.without_prefix(tensors)
+
+
+def _tokenizer_of(path: Path, name: str) -> tuple[Tokenizer, Path]:
+    return load_tokenizer(DataConfig(tokenizer=name), path), Path(name)
+
+
+def _source(weights: Weights, tokenizer: Tokenizer, files: Path) -> Source:
+    _require_known_tokens(tokenizer, weights.config, str(files))
+    data = DataConfig(tokenizer=str(files), sequence_length=tokens_in(weights.config, DataConfig().sequence_length))
+    return Source(weights, Config(model=weights.config, data=data), tokenizer, files)
+
+
+def _require_known_tokens(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:
+    size = config.vocabulary_size
+    require(
+        tokenizer.vocabulary_size <= size,
+        f"{name}: its tokenizer has {tokenizer.vocabulary_size} tokens, but its model knows {size}",
+    )
+
+
+def tokens_in(config: ModelConfig, otherwise: int) -> int:
+    """Tokens of the longest row that a model takes; `otherwise` for one that takes any."""
+    return getattr(config, "positions", otherwise)
