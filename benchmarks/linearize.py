@@ -40,7 +40,7 @@ class Row:
 RELU = {"local": "relu2", "local_groups": 1, "feature_map": "relu"}
 SOFTMAX_LOCAL = {"local": "softmax", "feature_map": "relu"}
 # Learning rates were chosen on one seed among those that README names.
-FAR = {"peak_learning_rate": 2e-3, "alpha_rate": 0.05}
+FAR = {"peak_learning_rate": 2e-3, "alpha_rate": 0.3}
 NEAR = {"peak_learning_rate": 3e-4, "alpha_rate": 0.3}
 ROWS = {
     "softmax": Row({"": "softmax"}, NEAR),
@@ -143,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/linearize"), metavar="DIR")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the order of batches")
-    parser.add_argument("--steps", type=int, default=400, help="updates of 8 rows of 512 tokens")
+    parser.add_argument("--steps", type=int, default=300, help="updates of 8 rows of 512 tokens")
     options = parser.parse_args(arguments)
     if options.split is None and (options.model is None or options.stories is None):
         parser.error("give --model and --stories, or --split")
