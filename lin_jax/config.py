@@ -158,7 +158,9 @@ class FlashConfig:
         "scale of whole-row scores (kinds softmax and quadratic): released divides by the row length, as the official "
         "code does; head divides by the square root of query_key_size, which does not depend on the row",
     )
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of activations; parameters have their own, float32 in training")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "type of activations; parameters have their own: float32 in training, or as they were converted"
+    )
     remat: Literal["none", "full", "dots"] = setting(
         "none",
         "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products",
