@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from jaxtyping import Array
-
 from lin_jax.config import Config, DataConfig, FlashConfig, ModelConfig, require
 from lin_jax.convert import flash, llama
 from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
@@ -77,18 +75,17 @@ def read_source(given: Input, target: Target) -> Source:
 
 def _read_run(path: Path, given: Input, target: Target) -> Source:
     model, tokenizer, config = load_model(str(path), target.mesh)
-    weights = Weights(config.model, _typed(parameters(model), target))
+    arrays = parameters(model)
+    del model  # It holds them too.
+    for name, array in arrays.items():
+        arrays[name] = array.astype(target.type_of(array.dtype.name))
+    weights = Weights(config.model, arrays)
     kept = Path(tokenizer_directory(str(path)))
     files = kept / KEPT if (kept / KEPT).is_dir() else kept
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))
     return Source(weights, config, tokenizer, files)
-
-
-def _typed(arrays: dict[str, Array], target: Target) -> dict[str, Array]:
-    """`arrays` in the types they are to have; each is let go once another has taken its place."""
-    return {path: array.astype(target.type_of(array.dtype.name)) for path, array in arrays.items()}
 
 
 def _read_llama2c(file: Path, target: Target) -> Weights:
