@@ -3,7 +3,9 @@
 import abc
 import json
 import pickle
+import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,10 +159,11 @@ def _load_torch(file: Path) -> Mapping[str, Any]:
     except ImportError:
         raise ConfigError(f"{file} needs PyTorch to be read: pip install torch, or get its safetensors") from None
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         return {name: tensor.detach() for name, tensor in tensors.items()}
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
+        first = re.split(r"\n|\. ", str(error).strip())[0]  # What follows tells how to execute it.
         raise ConfigError(f"{file} is not a file of tensors alone, and nothing in it was executed: {first}") from error
 
 

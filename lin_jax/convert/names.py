@@ -140,7 +140,10 @@ def read(
         ConfigError: an array is missing, left over or of another shape, or the table leaves a parameter out.
     """
     _check_names(ours.keys(), table, theirs.keys(), depth, ignore)
-    return {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours]) for entry in table}
+    size = {entry.ours: math.prod(ours[entry.ours].shape) // len(names_of(entry, depth)) for entry in table}
+    # Large tensors first, while there is little else in memory.
+    ordered = sorted(table, key=lambda entry: -size[entry.ours])
+    return {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours]) for entry in ordered}
 
 
 def unused_names(table: list[Entry], theirs: Collection[str], depth: int) -> list[str]:

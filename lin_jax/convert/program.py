@@ -9,6 +9,7 @@ from lin_jax.config import MeshConfig, require
 from lin_jax.convert.attention import Changed, change_attention, target_config
 from lin_jax.convert.check import check_tokens, compare, logits_of, logits_of_transformers
 from lin_jax.convert.directory import check_target, replacing, write_run, write_transformers
+from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target, Weights, family_of
 from lin_jax.convert.source import Input, read_source, tokens_in
 from lin_jax.train.sharding import make_mesh
@@ -109,9 +110,9 @@ def _check(given: Input, target: Path, report: Report) -> None:
     place = Target(_mesh(), float16=True)
     source = read_source(given, place)
     tokens_BT = check_tokens(source.tokenizer, tokens_in(source.config.model, otherwise=1 << 30))
-    source_BTV, path = logits_of(source.weights, tokens_BT), Path(given.name)
-    whole = path if given.adapter is None else None
-    plain = {"source": whole if _is_plain(source.weights, path) else None}
+    source_BTV, path = logits_of(source.weights, tokens_BT), local_path(given.name)
+    alone = given.adapter is None and _is_plain(source.weights, path)
+    plain = {"source": path if alone else None}
     del source
     result = read_source(Input(str(target)), place).weights
     result_BTV = logits_of(result, tokens_BT)

@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from jaxtyping import Array
-
 from lin_jax.config import Config, DataConfig, FinetuneConfig, FlashConfig, ModelConfig, require
 from lin_jax.convert import flash, llama
 from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
@@ -79,7 +77,11 @@ def read_source(given: Input, target: Target) -> Source:
 def _read_run(path: Path, given: Input, target: Target) -> Source:
     model, tokenizer, config = load_model(str(path), target.mesh)
     merge_lora(model)
-    weights = Weights(config.model, _typed(parameters_by_path(model), target))
+    arrays = parameters_by_path(model)
+    del model  # It holds them too.
+    for name, array in arrays.items():
+        arrays[name] = array.astype(target.type_of(array.dtype.name))
+    weights = Weights(config.model, arrays)
     kept = Path(tokenizer_directory(str(path)))
     files = kept / KEPT if (kept / KEPT).is_dir() else kept
     if given.tokenizer is not None:
@@ -94,11 +96,6 @@ def _on_its_own(config: Config, tokenizer: str) -> Config:
     if data.tokenizer == "checkpoint":
         data = dataclasses.replace(data, tokenizer=tokenizer)
     return dataclasses.replace(config, data=data, finetune=FinetuneConfig())
-
-
-def _typed(arrays: dict[str, Array], target: Target) -> dict[str, Array]:
-    """`arrays` in the types they are to have; each is let go once another has taken its place."""
-    return {path: array.astype(target.type_of(array.dtype.name)) for path, array in arrays.items()}
 
 
 def _read_llama2c(file: Path, target: Target) -> Weights:

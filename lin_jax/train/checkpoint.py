@@ -394,12 +394,12 @@ def _as_saved(item: Any, directory: epath.Path) -> Any:
 
 
 def _restore_one_by_one(manager: Any, step: int, item: Any) -> Any:
-    """The arrays of a model; what reading takes beside them is that of a single one."""
+    """The arrays of a model, the largest first: reading one takes its size once more, but less than what is to come."""
     leaves, structure = jax.tree.flatten_with_path(item)
-    arrays = []
-    for path, leaf in leaves:
-        arrays.append(_restore_array(manager, step, path, leaf))
-        if arrays[-1].nbytes > CHUNK_BYTES:
+    arrays: list[Any] = [None] * len(leaves)
+    for number in sorted(range(len(leaves)), key=lambda number: -leaves[number][1].size):
+        arrays[number] = _restore_array(manager, step, *leaves[number])
+        if arrays[number].nbytes > CHUNK_BYTES:
             gc.collect()  # The library leaves what it read in a cycle of references.
     return jax.tree.unflatten(structure, arrays)
 
