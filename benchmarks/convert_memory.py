@@ -55,7 +55,7 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> tuple[int, int]:
     directory.mkdir()
     checkpoint_files.SHARD_BYTES = 512 * MIB
     random = np.random.default_rng(0)
-    noise = random.standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
+    noise = (0.02 * random.standard_normal(1 << 20, np.float32)).astype(ml_dtypes.bfloat16)
     tensors = []
     for tensor in tensors_of(llama.name_table(config), shapes_of(config), config.depth):
         make = lambda shape=tensor.shape: np.resize(np.roll(noise, random.integers(1 << 20)), shape)  # noqa: E731

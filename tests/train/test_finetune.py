@@ -23,9 +23,13 @@ from lin_jax.config import (
     Gpt2Config,
     LlamaConfig,
     LoraConfig,
+    MeshConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from lin_jax.convert.hugging_face import Target
+from lin_jax.convert.program import convert
+from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
@@ -34,6 +38,7 @@ from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.plan import plan
+from lin_jax.train.sharding import make_mesh
 from lin_jax.train.trainable import structure_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -264,3 +269,14 @@ def test_a_plan_counts_what_is_trained(settings, tmp_path):
     # Two moments a parameter, and the optimizer's counters: two of steps, two of skipped ones and a flag.
     moments, whole = 8 * trained, told["optimizer state"].split(" ")[0].replace(",", "")
     assert moments < int(whole) <= moments + 32
+
+
+@pytest.mark.parametrize("to", ["hf", "lin_jax"])
+def test_adapters_are_merged_by_a_conversion(finished, tmp_path, to):
+    target = tmp_path / to
+    convert(finished.workdir, target, to=to)
+    weights = read_source(Input(str(target), tokenizer="bytes"), Target(make_mesh(MeshConfig()))).weights
+    model = load_model(finished.workdir)[0]
+    tokens = jnp.arange(40).reshape(2, 20)
+    assert not any("adapter" in name for name in weights.arrays)
+    np.testing.assert_allclose(weights.model()(tokens), model(tokens), atol=1e-5)
