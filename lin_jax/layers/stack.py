@@ -57,7 +57,7 @@ def run_layers(
     return x
 
 
-def unstack_layers(layers: Any, depth: int) -> nnx.List:
+def unstack_layers(layers: Any, depth: int) -> Any:
     """The layers of `stack_layers` one by one, each with arrays of its own.
 
     Decoding reads every parameter once a token. From a stack each layer would first be copied out, which takes as long

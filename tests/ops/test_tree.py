@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lin_jax.ops.tree import TREES, Tree, chain, tree_from_paths
-from tests.ops.decode_cases import trees
+from tests.ops.decode_cases import random_tree, tree_shapes
 
 
 def walk(tree: Tree, node: int) -> list[int]:
@@ -17,8 +17,9 @@ def walk(tree: Tree, node: int) -> list[int]:
 
 
 @hypothesis.settings(max_examples=50)
-@hypothesis.given(tree=trees())
-def test_every_node_knows_its_path(tree):
+@hypothesis.given(shape=tree_shapes)
+def test_every_node_knows_its_path(shape):
+    tree = random_tree(*shape)
     assert tree.height == max(len(walk(tree, node)) for node in range(tree.nodes))
     for node in range(tree.nodes):
         path = walk(tree, node)

@@ -15,7 +15,7 @@ from lin_jax.ops.augmented_attention import augmented_attention
 from lin_jax.ops.augmented_attention.verify import commit_path, verify_tree
 from lin_jax.ops.state import Pending, empty_state
 from lin_jax.ops.tree import Tree, chain
-from tests.ops.decode_cases import Draft, make_draft, trees
+from tests.ops.decode_cases import Draft, make_draft, random_tree, tree_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,26 +60,28 @@ class Op:
         return empty_state(arrays["k"], arrays["v"], grouped_k_BTKP=own, taps=taps, **sizes)
 
 
-def ops(largest_group: int = 64) -> st.SearchStrategy[tuple[Op, dict[str, tuple[int, int]]]]:
-    """The op over the space of its options, and the sizes of its arrays."""
-    return st.builds(
-        make_op,
-        seed=st.integers(0, 2**16),
-        K=st.integers(1, 2),
-        J=st.integers(1, 2),
-        W=st.sampled_from([0, 1, 2, 5, 13, 32]),
-        shared_filter=st.booleans(),
-        bias=st.booleans(),
-        own_grouped=st.booleans(),
-        local=st.sampled_from(["relu2", "laplace", "softmax", "none"]),
-        grouped=st.booleans(),
-        feature_map=st.sampled_from(["identity", "unit", "relu", "elu1"]),
-        group_size=st.sampled_from([size for size in (1, 2, 3, 4, 5, 7, 8, 16, 32, 64) if size <= largest_group]),
-        local_groups=st.integers(1, 3),
+def options(largest_group: int = 64) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of `make_op`, over the space of the op's options."""
+    return st.fixed_dictionaries(
+        dict(
+            seed=st.integers(0, 2**16),
+            K=st.integers(1, 2),
+            J=st.integers(1, 2),
+            W=st.sampled_from([0, 1, 2, 5, 13, 32]),
+            shared_filter=st.booleans(),
+            bias=st.booleans(),
+            own_grouped=st.booleans(),
+            local=st.sampled_from(["relu2", "laplace", "softmax", "none"]),
+            grouped=st.booleans(),
+            feature_map=st.sampled_from(["identity", "unit", "relu", "elu1"]),
+            group_size=st.sampled_from([size for size in (1, 2, 3, 4, 5, 7, 8, 16, 32, 64) if size <= largest_group]),
+            local_groups=st.integers(1, 3),
+        )
     )
 
 
 def make_op(*, seed, K, J, W, shared_filter, bias, own_grouped, **options) -> tuple[Op, dict[str, tuple[int, int]]]:
+    """The op, and the heads and sizes of its arrays."""
     D, E, H, rng = 4, 3, K * J, np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     weights = {"alpha": 0.1 * normal(H)}
@@ -104,10 +106,10 @@ def positions(G: int) -> st.SearchStrategy[int]:
 
 
 @hypothesis.settings(max_examples=5)
-@hypothesis.given(data=st.data(), op_sizes=ops(), tree=trees())
-def test_a_tree_and_what_follows_its_commit(data, op_sizes, tree):
+@hypothesis.given(data=st.data(), chosen=options(), shape=tree_shapes)
+def test_a_tree_and_what_follows_its_commit(data, chosen, shape):
     """A tree is verified, a path of each row committed, and the tree verified again behind it."""
-    op, sizes = op_sizes
+    (op, sizes), tree = make_op(**chosen), random_tree(*shape)
     G, B = op.options["group_size"], data.draw(st.integers(1, 3))
     length_B = np.array([data.draw(positions(G)) for _ in range(B)])
     draft = make_draft(data.draw(st.integers(0, 99)), tree, 4 * G, B=B, sizes=sizes)
@@ -142,10 +144,10 @@ def behind(draft: Draft, length_B, path_BP, count_B) -> Draft:
 
 
 @hypothesis.settings(max_examples=3)
-@hypothesis.given(data=st.data(), op_sizes=ops(largest_group=8))
-def test_steps_and_chunks_are_the_forward_pass(data, op_sizes):
+@hypothesis.given(data=st.data(), chosen=options(largest_group=8))
+def test_steps_and_chunks_are_the_forward_pass(data, chosen):
     """Token by token, chunk by chunk, and committed chains of a few tokens give the outputs of the whole row."""
-    op, sizes = op_sizes
+    op, sizes = make_op(**chosen)
     T = data.draw(st.integers(1, 20))
     draft = make_draft(data.draw(st.integers(0, 99)), chain(1), T, B=2, sizes=sizes)
     expected = op.truth(draft.row, jnp.ones((2, T), jnp.int32))
