@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,15 +146,28 @@ class Generator:
         """Up to `config.block` steps, fewer if all rows end; `progress` must not be used any more."""
         return _advance(self._graphs, self._plan, self._arrays, progress)
 
-    def stream(self, prompts: Sequence[np.ndarray], samples: Sequence[int]) -> Iterator[list[Generated]]:
-        """What was generated so far, after every block of steps, until all rows have ended; see `start`."""
+    def stream(
+        self,
+        prompts: Sequence[np.ndarray],
+        samples: Sequence[int],
+        *,
+        rows: int | None = None,
+        ends: Callable[[np.ndarray], bool] = lambda tokens: False,
+    ) -> Iterator[list[Generated]]:
+        """What was generated so far, after every block of steps, until all rows have ended; see `start`.
+
+        `ends` is asked after every block whether what a row generated ends it for a reason that the model cannot see.
+        """
         lengths = [len(prompt) for prompt in prompts]
-        progress, done = self.start(prompts, samples), False
+        progress, done = self.start(prompts, samples, rows), False
         while not done:
             progress = self.advance(progress)
-            rows = read_rows(progress, lengths)
-            done = all(row.done for row in rows)
-            yield rows
+            found = [row._replace(done=row.done or ends(row.tokens)) for row in read_rows(progress, lengths)]
+            done = all(row.done for row in found)
+            done_B = np.ones(len(progress.done_B), bool)
+            done_B[: len(found)] = [row.done for row in found]
+            progress = dataclasses.replace(progress, done_B=jnp.asarray(done_B))
+            yield found
 
 
 def read_rows(progress: Progress, lengths: Sequence[int]) -> list[Generated]:

@@ -191,7 +191,7 @@ class Mixing(nnx.Module):
         T = operands.q.shape[1]
         if isinstance(step, Verify) or self.attention.group_size >= T:
             tree = step.tree if isinstance(step, Verify) else chain(T)
-            grouped = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
+            grouped: dict[str, Any] = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
             options = self._options(operands, branches)
             return verify_tree(operands.q, operands.k, operands.v, tree, state, **grouped, **options)
         return self._attend(operands, branches, segment_ids_BT=step.segment_ids(T), initial_state=state)

@@ -230,7 +230,7 @@ class GatedAttention(nnx.Module):
         def attend(conv: Array | None, **changes: Any) -> Array:
             options = {**self._options(), "conv_WH": conv, **changes}
             if isinstance(step, Verify) or q.shape[1] <= attention.group_size:
-                grouped = {"grouped_q_BMHP": grouped_q, "grouped_k_BMKP": grouped_k}
+                grouped: dict[str, Any] = {"grouped_q_BMHP": grouped_q, "grouped_k_BMKP": grouped_k}
                 return verify_tree(q, k, v, tree, state, **grouped, **options)
             grouped = {"grouped_q_BTHP": grouped_q, "grouped_k_BTKP": grouped_k}
             ids_BT = step.segment_ids(q.shape[1])

@@ -41,10 +41,11 @@ class Gpt2Layer(nnx.Module):
         """Applies the layer."""
         return self._feed_forward(x_BTC, self.mixing(*self._project(x_BTC), rows, kind))
 
-    def _project(self, x_BTC: Array) -> list[Array]:
+    def _project(self, x_BTC: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values."""
         joint = self.query_key_value(self.attention_norm(x_BTC))
-        return [x.reshape(*x.shape[:2], self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1)]
+        q, k, v = (x.reshape(*x.shape[:2], self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
+        return q, k, v
 
     def _feed_forward(self, x_BTC: Array, y_BTHD: Array) -> Array:
         """What comes after the attention's sum."""

@@ -28,12 +28,14 @@ class ModelState:
 class LanguageModel(nnx.Module):
     """A model with `config`, stacked or single `layers`, `norm`, and `embed`, which decodes with the layers' states.
 
-    Layers are run one after another: their states then stay where they are, and are not copied in and out of a stack.
+    `medusa` holds Medusa heads where `lin_jax.load` found some. Layers are run one after another: their states then stay
+    where they are, and are not copied in and out of a stack.
     """
 
     config: Any
     layers: Any
     norm: Any
+    medusa: Any = None
 
     @abc.abstractmethod
     def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
@@ -128,11 +130,15 @@ class LanguageModel(nnx.Module):
 
 
 def unstacked(model: LanguageModel) -> LanguageModel:
-    """The model with its layers apart, for decoding: reading them from a stack would copy them at every step."""
+    """The model with its layers apart and without Medusa heads, for decoding.
+
+    Reading layers from a stack would copy them at every step.
+    """
     if isinstance(model.layers, nnx.List):
         return model
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, state)
+    copy.medusa = None
     copy.layers = unstack_layers(model.layers, model.config.depth)
     return copy
 
