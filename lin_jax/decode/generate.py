@@ -238,7 +238,7 @@ def _begin(
     V = model.config.vocabulary_size if sampling.repetition_penalty != 1 else 0
     token_BX = jnp.where(jnp.arange(X)[None] < state.length_B[:, None], text_BX, V)
     seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], token_BX].set(True, mode="drop")
-    logits_B1V = adjust(model.head(features_BC)[:, None], sampling, seen_BV[:, None])
+    logits_B1V = adjust(model.head(features_BC)[:, None], sampling, seen_BV[:, None] if V else None)
     return Progress(
         state=state,
         text_BX=text_BX,

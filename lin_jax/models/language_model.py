@@ -28,8 +28,8 @@ class ModelState:
 class LanguageModel(nnx.Module):
     """A model with `config`, stacked or single `layers`, `norm`, and `embed`, which decodes with the layers' states.
 
-    `medusa` holds Medusa heads where `lin_jax.load` found some. Layers are run one after another: their states then stay
-    where they are, and are not copied in and out of a stack.
+    `medusa` holds Medusa heads where `lin_jax.load` found some. Layers are run one after another: their states then
+    stay where they are, and are not copied in and out of a stack.
     """
 
     config: Any

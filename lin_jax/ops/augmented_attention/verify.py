@@ -84,7 +84,9 @@ def verify_tree(
     if grouped:
         phi = FEATURE_MAPS[feature_map]
         q = phi(by_head(q_BMHD if grouped_q_BMHP is None else grouped_q_BMHP))
-        keys = (state.key_BSKD, k_BMKD) if grouped_k_BMKP is None else (state.grouped_key_BSKP, grouped_k_BMKP)
+        keys = [state.key_BSKD, k_BMKD]
+        if grouped_k_BMKP is not None and state.grouped_key_BSKP is not None:
+            keys = [state.grouped_key_BSKP, grouped_k_BMKP]
         alpha_H = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (H,)).reshape(1, K, H // K, 1, 1)
         y += alpha_H * product("bmkjp,bkpe->bkjme", q, state.state_BKPE.astype(q.dtype))
         score = alpha_H * _scores(q, *(phi(k) for k in keys))
