@@ -322,7 +322,9 @@ def _keep(
     stops_BP &= jnp.arange(tree.height)[None] < count_B[:, None]
     stopped_B = jnp.any(stops_BP, axis=1)
     count_B = jnp.where(stopped_B, jnp.argmax(stops_BP, axis=1) + 1, count_B)
-    count_B = jnp.where(progress.done_B, 0, count_B).astype(jnp.int32)
+    # No choice is negative. Asking makes the commit wait until the step has read the state, also where there is nothing
+    # to accept; otherwise XLA may order the two the other way round, and copies every cache at every step.
+    count_B = jnp.where(progress.done_B | jnp.any(choice_BM < 0, axis=1), 0, count_B).astype(jnp.int32)
     return path_BP, count_B, stopped_B | (count_B == progress.left_B)
 
 

@@ -118,15 +118,18 @@ def commit_path(
 ) -> AttentionState:
     """The state after the first `count_B` nodes of each row's path, which may be none.
 
-    Most commits write a few slots of the window. Only where some row ends a group are windows moved and groups folded.
+    Most commits write a few slots of the window. Only where some row ends a group are windows moved and groups folded:
+    that is a loop of no or one round, as a loop leaves the state where it is, and `lax.cond` copies it either way.
     """
     chosen = along_path(pending, path_BP)
-    closes_B = (state.length_B + count_B) // group_size != state.length_B // group_size
-    fold = lambda state: append(  # noqa: E731
-        state, chosen, count_B, group_size=group_size, local_groups=local_groups, feature_map=feature_map
-    )
-    write = lambda state: _write(state, chosen, count_B, group_size, local_groups)  # noqa: E731
-    return jax.lax.cond(jnp.any(closes_B), fold, write, state)
+    sizes = {"group_size": group_size, "local_groups": local_groups}
+    ends = jnp.any((state.length_B + count_B) // group_size != state.length_B // group_size)
+
+    def fold(carry: tuple[Array, AttentionState]) -> tuple[Array, AttentionState]:
+        return jnp.zeros_like(carry[0]), append(carry[1], chosen, count_B, feature_map=feature_map, **sizes)
+
+    _, state = jax.lax.while_loop(lambda carry: carry[0], fold, (ends, state))
+    return _write(state, chosen, jnp.where(ends, 0, count_B), **sizes)
 
 
 def append(
