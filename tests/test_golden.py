@@ -9,16 +9,22 @@ import optax
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, ablate
+from lin_jax.config import AttentionConfig, GenerateConfig, ablate
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.flash import config_from_official, from_official, to_official
 from lin_jax.convert.hugging_face import read_hugging_face
+from lin_jax.convert.medusa import heads_from_official, heads_to_official
 from lin_jax.convert.names import load, to_theirs
+from lin_jax.decode.accept import accept_exact, accept_typical
+from lin_jax.decode.draft import from_heads
+from lin_jax.decode.generate import generate_tokens
 from lin_jax.layers.gated_attention import place
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.layers.rope import rotation
 from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
+from lin_jax.ops.augmented_attention import verify
+from lin_jax.ops.tree import TREES, Tree, tree_from_paths
 from tests.golden import Golden, directory, golden_cases
 
 CASES = golden_cases()
@@ -259,6 +265,77 @@ def check_hugging_face(case: Golden) -> None:
     assert abs(float((losses * weights).sum() / weights.sum()) - loss) < 1e-5 * max(1.0, loss)
 
 
+def load_medusa(case: Golden):
+    """The backbone and the heads of a case, and its tree."""
+    values, theirs = case.info["config"], case.arrays("param")
+    backbone = {k.removeprefix("base_model."): x for k, x in theirs.items() if k.startswith("base_model.")}
+    flags = values["flags"]
+    attention = AttentionConfig(
+        group_size=flags["GROUP_SIZE"],
+        grouped=bool(flags["USE_GLOBAL"]),
+        grouped_weight="learned" if flags["GLOBAL_FACTOR"] else "one",
+        convolution=values["conv_kernel"] // 2 + 1,
+    )
+    config = dataclasses.replace(llama.config_from_hugging_face(values, {}), attention=attention)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    load(model, llama.name_table(config), backbone, config.depth, llama.ignored(config))
+    heads = heads_from_official({k: x for k, x in theirs.items() if k.startswith("medusa_head.")})
+    return model, heads, tree_from_paths(values["choices"])
+
+
+def check_tree_buffers(tree: Tree, top: int, expected: dict[str, np.ndarray]) -> None:
+    np.testing.assert_array_equal(expected["buf_medusa_attn_mask"][0, 0] != 0, tree.ancestor_MM)
+    np.testing.assert_array_equal(expected["buf_medusa_position_ids"], tree.depth_M)
+    guess_M = top * (tree.depth_M - 1) + np.array(tree.ranks) + 1
+    np.testing.assert_array_equal(expected["buf_tree_indices"], np.where(tree.depth_M == 0, 0, guess_M))
+    leaves = tree.leaves[::-1]
+    past = np.arange(tree.height)[None] > tree.depth_M[leaves][:, None]
+    np.testing.assert_array_equal(expected["buf_retrieve_indices"], np.where(past, -1, tree.path_MP[leaves]))
+
+
+def check_acceptance(tree: Tree, expected: dict[str, np.ndarray]) -> None:
+    tokens_BM, logits_BMV = (jnp.asarray(expected[name]) for name in ("tree_candidates", "tree_logits"))
+    typical = lambda threshold, alpha: accept_typical(  # noqa: E731
+        tree, tokens_BM, logits_BMV / 0.7, threshold=threshold, alpha=alpha
+    )
+    for name, node_B in {
+        "greedy": accept_exact(tree, tokens_BM, jnp.argmax(logits_BMV, axis=-1)),
+        "typical_T0.7": typical(0.09, 0.3),
+        "typical_T0.7_thr.3_alpha.09": typical(0.3, 0.09),
+    }.items():
+        path = tree.path_MP[node_B[0]][: tree.depth_M[node_B[0]] + 1]
+        np.testing.assert_array_equal(tokens_BM[0, path], expected[f"accepted_tokens_{name}"], err_msg=name)
+
+
+def check_medusa(case: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official tree is exact inside the context's group; past its end it lacks the group that has just ended."""
+    (model, heads, tree), expected = load_medusa(case), case.arrays("out")
+    check_tree_buffers(tree, case.info["config"]["TOPK"], expected)
+    check_acceptance(tree, expected)
+    ids = jnp.asarray(case.arrays("in")["ids"])
+    G, length = model.config.attention.group_size, ids.shape[1]
+    x_BTC, state = jax.jit(lambda ids: model.forward(ids, model.empty_state(1, 0)))(ids)
+    logits_BTV, guesses_BKV = model.head(x_BTC), heads(x_BTC[:, -1])
+    assert np.abs(logits_BTV - expected["prefill_logits"]).max() < 1e-4
+    assert np.abs(guesses_BKV[0] - expected["prefill_medusa_logits_last"][:, 0]).max() < 1e-4
+    tokens_BM = from_heads(guesses_BKV, jnp.argmax(logits_BTV[:, -1], axis=-1), tree)
+    np.testing.assert_array_equal(tokens_BM, expected["tree_candidates"])
+
+    verified = jax.jit(lambda tokens, state: model.head(model.verify(tokens, tree, state)[0]))
+    ours, theirs = verified(tokens_BM, state)[0], expected["tree_logits"][0]
+    rows = np.concatenate([np.repeat(ids, tree.nodes, axis=0), np.asarray(tokens_BM)[0][tree.path_MP]], axis=1)
+    recomputed = jax.jit(model)(jnp.asarray(rows))[np.arange(tree.nodes), length + tree.depth_M]
+    assert np.abs(ours - recomputed).max() < 1e-4
+    inside_M = length % G + tree.depth_M < G
+    exact_M = inside_M if model.config.attention.grouped else np.ones_like(inside_M)
+    assert np.abs(ours - theirs)[exact_M].max() < 1e-4
+    assert exact_M.all() or np.abs(ours - theirs)[~exact_M].max() > 0.1
+    # Without the tokens that have left the window and are not folded yet, ours are the official numbers everywhere.
+    monkeypatch.setattr(verify, "_far", lambda tree, distances, R: jnp.zeros((1, 1, 1, 1, 1), bool))
+    official = jax.jit(lambda tokens, state: model.head(model.verify(tokens, tree, state)[0]))
+    assert np.abs(official(tokens_BM, state)[0] - theirs).max() < 1e-4
+
+
 HUGGING_FACE = ("hf__llama_gqa_linear_scaling2", "hf__llama_gqa_theta500k", "hf__llama_mha", "hf__gpt2_lm")
 CHECKS = {
     "flash": check_flash,
@@ -270,7 +347,10 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_golden(case: Golden) -> None:
+def test_golden(case: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.family == "medusa":
+        check_medusa(case, monkeypatch)
+        return
     if case.family not in CHECKS:
         pytest.skip(f"family {case.family} is not built yet")
     CHECKS[case.family](case)
@@ -288,3 +368,18 @@ def test_official_names_go_back_bit_for_bit(case: Golden) -> None:
     back = to_official(from_official(config_from_official(official), theirs, official["kernel"]), official["kernel"])
     for name, array in back.items():
         np.testing.assert_array_equal(array, theirs[name])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.family == "medusa"], ids=lambda case: case.name)
+def test_medusa_speaks_as_the_official_code_does(case: Golden) -> None:
+    """Greedy generation with the heads gives the official tokens of plain recomputation; heads go back bit for bit."""
+    model, heads, tree = load_medusa(case)
+    theirs, ids = case.arrays("param"), case.arrays("in")["ids"]
+    expected = case.arrays("out")["plain_greedy_ids_full_recompute"][0, ids.shape[1] :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TREES, "of the case", tree)
+        config = GenerateConfig(max_new_tokens=len(expected), draft="medusa", tree="of the case")
+        [row] = generate_tokens(model, config, list(ids), heads=heads)
+    np.testing.assert_array_equal(row.tokens, expected)
+    for name, array in heads_to_official(heads).items():
+        np.testing.assert_array_equal(array, theirs[f"medusa_head.{name}"])

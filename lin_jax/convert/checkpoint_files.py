@@ -175,6 +175,14 @@ def _from_torch(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, safetensors or PyTorch's; raises `ConfigError` where it is damaged."""
+    if file.suffix != ".safetensors":
+        return {name: _from_torch(tensor) for name, tensor in _load_torch(file).items()}
+    with _open(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
 def write_tensors(directory: Path, tensors: Sequence[Tensor]) -> None:
     """Write safetensors, one tensor at a time, in several files with an index where they exceed `SHARD_BYTES`."""
     shards = _shards(tensors)

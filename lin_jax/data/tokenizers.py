@@ -54,6 +54,10 @@ class Tokenizer(abc.ABC):
         """The text of token ids."""
 
     @abc.abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, special or not, by its name in the vocabulary; None where there is none."""
+
+    @abc.abstractmethod
     def save(self, directory: epath.PathLike) -> None:
         """Write all of the tokenizer to a directory, local or remote."""
 
@@ -72,6 +76,10 @@ class BytesTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of bytes; ends of documents are left out."""
         return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
+
+    def token_id(self, token: str) -> int | None:
+        """The byte of a character of ASCII."""
+        return ord(token) if len(token) == 1 and token.isascii() else None
 
     def save(self, directory: epath.PathLike) -> None:
         """Write what kind of tokenizer it is."""
@@ -100,6 +108,10 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name, such as </s>."""
+        return self._backend.token_to_id(token)
 
     def save(self, directory: epath.PathLike) -> None:
         """Write the tokenizer in the library's own format."""

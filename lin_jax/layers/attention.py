@@ -1,25 +1,52 @@
 """What LLaMA and GPT-2 do with queries, keys and values: softmax attention, augmented linear attention, LongLoRA's."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lin_jax.config import AttentionConfig
 from lin_jax.layers.gated_attention import Rows
 from lin_jax.layers.parameter import parameter
+from lin_jax.layers.steps import Step, Verify
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_tree
+from lin_jax.ops.cache import Cache, append_to_cache, commit_to_cache, empty_cache, extend_softmax, verify_softmax
 from lin_jax.ops.castling import castle
 from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.feature_maps import unit
 from lin_jax.ops.softmax_attention import longlora_attention, softmax_attention
+from lin_jax.ops.state import AttentionState, Pending, empty_state
+from lin_jax.ops.tree import chain
 
 
 def layer_kinds(attention: AttentionConfig, depth: int) -> Sequence[str]:
     """The kind of attention of each layer."""
     return ["softmax" if layer in attention.softmax_layers else attention.kind for layer in range(depth)]
+
+
+class _Operands(NamedTuple):
+    """What the op is given; the grouped branch has its own queries and keys, or None."""
+
+    q: Array
+    k: Array
+    v: Array
+    grouped_q: Array | None
+    grouped_k: Array | None
+
+
+class _Branches(NamedTuple):
+    """Which branches of the op are on."""
+
+    local: str = "none"
+    grouped: bool = False
+    alpha: Array | float = 1.0
+    conv_WH: Array | None = None
+
+
+MixingState = AttentionState | Cache
 
 
 class Mixing(nnx.Module):
@@ -62,69 +89,142 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
+        operands = self._operands(q, k, v)
+
+        def attend(branches: _Branches) -> Array:
+            if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
+                return causal_conv(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT)
+            return self._attend(operands, branches, segment_ids_BT=rows.segment_ids_BT)
+
+        return self._combine(q, v, attend)
+
+    def _operands(self, q: Array, k: Array, v: Array) -> _Operands:
         """relu2 and laplace score normalised queries and keys, as released; softmax the scaled ones as they are."""
-        attention = self.attention
         unit_q, unit_k = unit(q), unit(k)
-        softmax = attention.local == "softmax"
-        local_q, local_k = (q, k) if softmax else (unit_q, unit_k)
-        scale = q.shape[-1] ** -0.5 if softmax else 1.0
+        if self.attention.local != "softmax":
+            return _Operands(unit_q, unit_k, v, None, None)
+        return _Operands(q, k, v, *((unit_q, unit_k) if self.attention.grouped else (None, None)))
+
+    def _combine(self, q: Array, v: Array, attend: Callable[[_Branches], Array]) -> Array:
+        """The branches together, unless something comes in between."""
+        attention = self.attention
         conv_WH = self.filter[...] if attention.convolution else None
         local_weighted = attention.local != "none" and attention.local_weight == "learned"
-        # The branches are computed together unless something comes in between.
         if not (attention.normalise_grouped or local_weighted or attention.castling):
-            return self._attend(
-                local_q, local_k, v, unit_q, unit_k, attention.local, scale, self._alpha(), conv_WH, rows
-            )
+            return attend(_Branches(attention.local, attention.grouped, self._alpha(), conv_WH))
         y = jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
         if attention.local != "none":
-            local = self._attend(local_q, local_k, v, None, None, attention.local, scale, None, None, rows)
+            local = attend(_Branches(local=attention.local))
             y += local * self.local_factor[...].astype(v.dtype) if local_weighted else local
         if attention.grouped:
-            grouped = self._attend(unit_q, unit_k, v, unit_q, unit_k, "none", 1.0, 1.0, None, rows)
+            grouped = attend(_Branches(grouped=True))
             grouped = _normalised(grouped) if attention.normalise_grouped else grouped
             y += grouped * jnp.asarray(self._alpha()).astype(v.dtype)
-        repeated_v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
         if attention.castling:
-            y = castle(repeated_v, y)
-        return y if conv_WH is None else y + causal_conv(repeated_v, conv_WH, rows.segment_ids_BT)
+            y = castle(_per_query_head(v, q), y)
+        return y if conv_WH is None else y + attend(_Branches(conv_WH=conv_WH))
 
-    def _attend(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        grouped_q: Array | None,
-        grouped_k: Array | None,
-        local: str,
-        scale: float,
-        alpha: Array | float | None,
-        conv_WH: Array | None,
-        rows: Rows,
-    ) -> Array:
-        """The op; `alpha=None` turns the grouped branch off."""
-        attention = self.attention
+    def _attend(self, operands: _Operands, branches: _Branches, **more: Any) -> Array:
+        """Some of the branches, of tokens in rows."""
         y = augmented_attention(
-            q,
-            k,
-            v,
-            grouped_q_BTHP=grouped_q,
-            grouped_k_BTKP=grouped_k,
-            local=local,
-            score_scale=scale,
-            grouped=attention.grouped and alpha is not None,
-            feature_map=attention.feature_map,
-            alpha=1.0 if alpha is None else alpha,
-            conv_WH=conv_WH,
-            group_size=attention.group_size,
-            local_groups=attention.local_groups,
-            segment_ids_BT=rows.segment_ids_BT,
-            implementation=attention.implementation,
+            operands.q,
+            operands.k,
+            operands.v,
+            grouped_q_BTHP=operands.grouped_q,
+            grouped_k_BTKP=operands.grouped_k,
+            implementation=self.attention.implementation,
+            **self._options(operands, branches),
+            **more,
         )
         return cast(Array, y)
+
+    def _options(self, operands: _Operands, branches: _Branches) -> dict[str, Any]:
+        attention = self.attention
+        return {
+            "local": branches.local,
+            "score_scale": operands.q.shape[-1] ** -0.5 if attention.local == "softmax" else 1.0,
+            "grouped": branches.grouped,
+            "feature_map": attention.feature_map,
+            "alpha": branches.alpha,
+            "conv_WH": branches.conv_WH,
+            "group_size": attention.group_size,
+            "local_groups": attention.local_groups,
+        }
+
+    def empty_state(self, k_BTKD: Array, v_BTKE: Array, capacity: int, kind: str) -> MixingState:
+        """The state before the first token, for keys and values of these shapes (T does not matter).
+
+        A cache has slots for `capacity` tokens; the state of augmented attention needs none.
+        """
+        if kind == "softmax":
+            return empty_cache(k_BTKD, v_BTKE, capacity)
+        attention = self.attention
+        return empty_state(
+            k_BTKD,
+            v_BTKE,
+            grouped_k_BTKP=k_BTKD if attention.local == "softmax" and attention.grouped else None,
+            group_size=attention.group_size,
+            local_groups=attention.local_groups,
+            taps=attention.convolution,
+        )
+
+    def decode(
+        self, q_BTHD: Array, k_BTKD: Array, v_BTKE: Array, state: MixingState, step: Step
+    ) -> tuple[Array, MixingState | Pending]:
+        """The attention of tokens that follow a state.
+
+        Returns:
+            The outputs, and the state after the tokens of an `Extend`, or what `commit` needs after a `Verify`.
+        """
+        if isinstance(state, Cache):
+            return _decode_with_cache(q_BTHD, k_BTKD, v_BTKE, state, step)
+        operands = self._operands(q_BTHD, k_BTKD, v_BTKE)
+        attend = lambda branches: self._attend_after(operands, branches, state, step)  # noqa: E731
+        y_BTHE = self._combine(q_BTHD, v_BTKE, attend)
+        pending = Pending(operands.k, operands.grouped_k, v_BTKE)
+        if isinstance(step, Verify):
+            return y_BTHE, pending
+        return y_BTHE, append(state, pending, step.count_B, **self._sizes())
+
+    def _attend_after(self, operands: _Operands, branches: _Branches, state: AttentionState, step: Step) -> Array:
+        """Some of the branches, of tokens that follow a state. Rows shorter than a group are not padded to one."""
+        T = operands.q.shape[1]
+        if isinstance(step, Verify) or self.attention.group_size >= T:
+            tree = step.tree if isinstance(step, Verify) else chain(T)
+            grouped: dict[str, Any] = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
+            options = self._options(operands, branches)
+            return verify_tree(operands.q, operands.k, operands.v, tree, state, **grouped, **options)
+        return self._attend(operands, branches, segment_ids_BT=step.segment_ids(T), initial_state=state)
+
+    def commit(
+        self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
+    ) -> MixingState:
+        """The state after the first `count_B` nodes of each row's path."""
+        if isinstance(state, Cache):
+            return commit_to_cache(state, pending, path_BP, count_B)
+        return commit_path(state, pending, path_BP, count_B, **self._sizes())
+
+    def _sizes(self) -> dict[str, Any]:
+        names = ("group_size", "local_groups", "feature_map")
+        return {name: getattr(self.attention, name) for name in names}
 
     def _alpha(self) -> Array | float:
         learned = self.attention.grouped and self.attention.grouped_weight == "learned"
         return self.alpha[...] if learned else 1.0
+
+
+def _decode_with_cache(
+    q_BTHD: Array, k_BTKD: Array, v_BTKE: Array, cache: Cache, step: Step
+) -> tuple[Array, Cache | Pending]:
+    pending = Pending(k_BTKD, None, v_BTKE)
+    if isinstance(step, Verify):
+        return verify_softmax(q_BTHD, k_BTKD, v_BTKE, step.tree, cache), pending
+    longer = append_to_cache(cache, pending, step.count_B)
+    return extend_softmax(q_BTHD, longer, cache.length_B), longer
+
+
+def _per_query_head(v_BTKE: Array, q_BTHD: Array) -> Float[Array, "B T H E"]:
+    return jnp.repeat(v_BTKE, q_BTHD.shape[2] // v_BTKE.shape[2], axis=2)
 
 
 def _normalised(x: Float[Array, "B T H E"]) -> Float[Array, "B T H E"]:

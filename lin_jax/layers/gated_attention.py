@@ -1,6 +1,7 @@
 """FLASH's gated attention unit: one wide value head, one narrow query/key head, a gate, and any kind of attention."""
 
-from typing import NamedTuple, cast
+import dataclasses
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,15 @@ from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import NORMS
 from lin_jax.layers.parameter import Constant, parameter, uniform
 from lin_jax.layers.positions import bias_buckets, rotate, token_shift
+from lin_jax.layers.steps import Step, Verify
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.castling import castle
 from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.state import AttentionState, Pending, empty_state
+from lin_jax.ops.tree import Tree, chain
 
 
 class Rows(NamedTuple):
@@ -44,6 +49,22 @@ def place(segment_ids_BT: Int[Array, "B T"] | None, shape: tuple[int, int], padd
         return Rows(in_row_BT, None, (segment_ids_BT != 0).astype(jnp.float32))
     layout = token_layout(segment_ids_BT, jnp.zeros(B, jnp.int32))
     return Rows(layout.position_BT, segment_ids_BT, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GatedState:
+    """State of one layer: of its attention, and the channels of the last token that the token shift delays."""
+
+    attention: AttentionState
+    previous_BC: Float[Array, "B half"]
+
+
+class GatedPending(NamedTuple):
+    """What a commit needs to know of draft tokens."""
+
+    tokens: Pending
+    half_BMC: Float[Array, "B M half"]
 
 
 class GatedAttention(nnx.Module):
@@ -82,23 +103,22 @@ class GatedAttention(nnx.Module):
         u_BTC = self.norm(x_BTC)
         if self.config.token_shift:
             u_BTC = token_shift(u_BTC, rows.position_BT)
-        v_BTE, gate_BTE = jnp.split(jax.nn.silu(self.hidden(u_BTC)), 2, axis=-1)
-        z_BTD = jax.nn.silu(self.query_key(u_BTC))
-        heads_BT2D = z_BTD[:, :, None] * self.gamma[...].astype(z_BTD.dtype)[None, None]
-        heads_BT2D += self.beta[...].astype(z_BTD.dtype)[None, None]
-        heads_BT2D = rotate(heads_BT2D, rows.position_BT, self.config.rotary_size)
+        v_BTE, gate_BTE, heads_BT2D = self._project(u_BTC, rows.position_BT)
         attend = self._augmented if self.config.attention.kind == "augmented" else self._whole_row
         attended_BTE = attend(heads_BT2D, v_BTE, rows)
         return x_BTC + self.output(gate_BTE * attended_BTE)
 
+    def _project(self, u_BTC: Array, position_BT: Array) -> tuple[Array, Array, Array]:
+        """Values, gate, and rotated queries and keys."""
+        v_BTE, gate_BTE = jnp.split(jax.nn.silu(self.hidden(u_BTC)), 2, axis=-1)
+        z_BTD = jax.nn.silu(self.query_key(u_BTC))
+        heads_BT2D = z_BTD[:, :, None] * self.gamma[...].astype(z_BTD.dtype)[None, None]
+        heads_BT2D += self.beta[...].astype(z_BTD.dtype)[None, None]
+        return v_BTE, gate_BTE, rotate(heads_BT2D, position_BT, self.config.rotary_size)
+
     def _augmented(self, heads_BT4D: Array, v_BTE: Array, rows: Rows) -> Array:
-        attention, G = self.config.attention, self.config.attention.group_size
-        q, grouped_q, k, grouped_k = jnp.split(heads_BT4D, 4, axis=2)
-        feature_map = attention.feature_map
-        if feature_map not in FEATURE_MAPS:
-            random_map = {"favor": favor, "fourier": fourier}[feature_map]
-            grouped_q, grouped_k = (random_map(x, self.projection[...]) for x in (grouped_q, grouped_k))
-            feature_map = "identity"
+        attention = self.config.attention
+        q, grouped_q, k, grouped_k = self._operands(heads_BT4D)
         if not attention.causal:
             grouped_q = grouped_q * _per_token_count(rows).astype(grouped_q.dtype)[..., None, None]
         v_BT1E = v_BTE[:, :, None]
@@ -111,18 +131,11 @@ class GatedAttention(nnx.Module):
             v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E),
             grouped_q_BTHP=grouped_q,
             grouped_k_BTKP=grouped_k,
-            local=attention.local,
-            score_scale=1 / G,
-            bias_XH=self._bias(G * attention.local_groups) if attention.local != "none" else None,
-            grouped=attention.grouped,
-            feature_map=feature_map,
-            alpha=1 / G if attention.causal else 1.0,
             conv_WH=None if apart else conv_W1,
             causal=attention.causal,
-            group_size=G,
-            local_groups=attention.local_groups,
             segment_ids_BT=rows.segment_ids_BT,
             implementation=attention.implementation,
+            **self._options(),
         )
         y_BT1E = cast(Array, y)
         if attention.castling:
@@ -130,6 +143,112 @@ class GatedAttention(nnx.Module):
         if apart and conv_W1 is not None:
             y_BT1E += causal_conv(v_BT1E, conv_W1, rows.segment_ids_BT)
         return y_BT1E[:, :, 0]
+
+    def _operands(self, heads_BT4D: Array) -> tuple[Array, Array, Array, Array]:
+        """Queries and keys of the local and the grouped branch: q, grouped q, k, grouped k; random maps applied."""
+        q, grouped_q, k, grouped_k = jnp.split(heads_BT4D, 4, axis=2)
+        name = self.config.attention.feature_map
+        if name not in FEATURE_MAPS:
+            random_map = {"favor": favor, "fourier": fourier}[name]
+            grouped_q, grouped_k = (random_map(x, self.projection[...]) for x in (grouped_q, grouped_k))
+        return q, grouped_q, k, grouped_k
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments of the op that do not depend on the tokens."""
+        attention, G = self.config.attention, self.config.attention.group_size
+        return {
+            "local": attention.local,
+            "score_scale": 1 / G,
+            "bias_XH": self._bias(G * attention.local_groups) if attention.local != "none" else None,
+            "grouped": attention.grouped,
+            "alpha": 1 / G if attention.causal else 1.0,
+            **self._sizes(),
+        }
+
+    def _sizes(self) -> dict[str, Any]:
+        attention = self.config.attention
+        feature_map = attention.feature_map if attention.feature_map in FEATURE_MAPS else "identity"
+        return {
+            "group_size": attention.group_size,
+            "local_groups": attention.local_groups,
+            "feature_map": feature_map,
+        }
+
+    def empty_state(self, batch: int, capacity: int, kind: str) -> GatedState:
+        """The state before the first token; `capacity` does not matter."""
+        config, attention = self.config, self.config.attention
+        zeros = lambda size: jnp.zeros((batch, 0, 1, size), config.dtype)  # noqa: E731
+        own = attention.feature_size if attention.feature_map not in FEATURE_MAPS else config.query_key_size
+        state = empty_state(
+            zeros(config.query_key_size),
+            zeros(config.value_size),
+            grouped_k_BTKP=zeros(own),
+            group_size=attention.group_size,
+            local_groups=attention.local_groups,
+            taps=attention.convolution,
+        )
+        return GatedState(state, jnp.zeros((batch, config.width // 2), config.dtype))
+
+    def decode(
+        self, x_BTC: Float[Array, "B T C"], position_BT: Int[Array, "B T"], state: GatedState, step: Step
+    ) -> tuple[Array, Any]:
+        """The layer for tokens that follow a state.
+
+        Returns:
+            The outputs, and the state after the tokens of an `Extend`, or what `commit` needs after a `Verify`.
+        """
+        T = x_BTC.shape[1]
+        tree = step.tree if isinstance(step, Verify) else chain(T)
+        u_BTC, half_BTC = self._shift(self.norm(x_BTC), state.previous_BC, tree)
+        v_BTE, gate_BTE, heads_BT4D = self._project(u_BTC, position_BT)
+        q, grouped_q, k, grouped_k = self._operands(heads_BT4D)
+        v_BT1E = v_BTE[:, :, None]
+        pending = GatedPending(Pending(k, grouped_k, v_BT1E), half_BTC)
+        attended_BT1E = self._attend_after(q, grouped_q, pending.tokens, state.attention, step, tree)
+        y_BTC = x_BTC + self.output(gate_BTE * attended_BT1E[:, :, 0])
+        if isinstance(step, Verify):
+            return y_BTC, pending
+        after = append(state.attention, pending.tokens, step.count_B, **self._sizes())
+        return y_BTC, GatedState(after, _last(half_BTC, step.count_B, state.previous_BC))
+
+    def _shift(self, u_BTC: Array, previous_BC: Array, tree: Tree) -> tuple[Array, Array]:
+        """The token shift, where the token before a node is its parent; and the half of the channels it delays."""
+        half = u_BTC.shape[-1] // 2
+        if not self.config.token_shift:
+            return u_BTC, u_BTC[..., :half]
+        before = jnp.concatenate([previous_BC[:, None], u_BTC[..., :half]], axis=1)
+        delayed = before[:, np.asarray(tree.parents) + 1]
+        return jnp.concatenate([delayed, u_BTC[..., half:]], axis=-1), u_BTC[..., :half]
+
+    def _attend_after(
+        self, q: Array, grouped_q: Array, tokens: Pending, state: AttentionState, step: Step, tree: Tree
+    ) -> Array:
+        attention, (k, grouped_k, v) = self.config.attention, tokens
+        conv_W1 = self.filter[...] if attention.convolution else None
+        off = {"local": "none", "grouped": False, "bias_XH": None}
+
+        def attend(conv: Array | None, **changes: Any) -> Array:
+            options = {**self._options(), "conv_WH": conv, **changes}
+            if isinstance(step, Verify) or q.shape[1] <= attention.group_size:
+                grouped: dict[str, Any] = {"grouped_q_BMHP": grouped_q, "grouped_k_BMKP": grouped_k}
+                return verify_tree(q, k, v, tree, state, **grouped, **options)
+            grouped = {"grouped_q_BTHP": grouped_q, "grouped_k_BTKP": grouped_k}
+            ids_BT = step.segment_ids(q.shape[1])
+            y = augmented_attention(q, k, v, segment_ids_BT=ids_BT, initial_state=state, **grouped, **options)
+            return cast(Array, y)
+
+        if not attention.castling:
+            return attend(conv_W1)
+        y = castle(v, attend(None))
+        return y if conv_W1 is None else y + attend(conv_W1, **off)
+
+    def commit(
+        self, state: GatedState, pending: GatedPending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
+    ) -> GatedState:
+        """The state after the first `count_B` nodes of each row's path."""
+        after = commit_path(state.attention, pending.tokens, path_BP, count_B, **self._sizes())
+        half_BPC = jnp.take_along_axis(pending.half_BMC, path_BP[:, :, None], axis=1)
+        return GatedState(after, _last(half_BPC, count_B, state.previous_BC))
 
     def _whole_row(self, heads_BT2D: Array, v_BTE: Array, rows: Rows) -> Array:
         """Softmax or quadratic attention is the local branch of one group that spans the row."""
@@ -162,6 +281,12 @@ class GatedAttention(nnx.Module):
         distance = np.arange(0 if causal else 1 - slots, slots)
         bucket = bias_buckets(distance, config.bias_buckets, config.bias_max_distance, causal)
         return self.bias[...][bucket] * config.query_key_size**0.5
+
+
+def _last(x_BTC: Array, count_B: Array, otherwise_BC: Array) -> Array:
+    """Of each row the entry of its last token, or `otherwise` where it has none."""
+    last_B1C = jnp.take_along_axis(x_BTC, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
+    return jnp.where(count_B[:, None] > 0, last_B1C[:, 0], otherwise_BC)
 
 
 def _broadcast(mask_BT: Array, like: Array) -> Array:

@@ -55,3 +55,18 @@ def run_layers(
         part = arrays if stop - start == len(kinds) else jax.tree.map(lambda a, i=start, j=stop: a[i:j], arrays)
         x, start = scan(x, part, (kind,)), stop
     return x
+
+
+def unstack_layers(layers: Any, depth: int) -> Any:
+    """The layers of `stack_layers` one by one, each with arrays of its own.
+
+    Decoding reads every parameter once a token. From a stack each layer would first be copied out, which takes as long
+    as the rest of a step of one token does.
+    """
+    graph, arrays = nnx.split(layers)
+    return nnx.List([nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], arrays)) for i in range(depth)])
+
+
+def each_layer(layers: Any, depth: int) -> Sequence[Any]:
+    """The layers in turn, of a stack or of `unstack_layers`."""
+    return list(layers) if isinstance(layers, nnx.List) else list(unstack_layers(layers, depth))

@@ -1,20 +1,23 @@
 """FLASH: a language model of gated attention units (Hua et al., 2022, as released with You et al., 2024)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.config import FlashConfig
+from lin_jax.config import FlashConfig, require
 from lin_jax.layers.gated_attention import GatedAttention, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.positions import sinusoids
 from lin_jax.layers.stack import run_layers, stack_layers
+from lin_jax.models.language_model import LanguageModel
 
 
-class Flash(nnx.Module):
+class Flash(LanguageModel):
     """Token embedding with scaled sinusoids, gated attention units, layer norm, untied head with bias."""
 
     def __init__(self, config: FlashConfig, *, rngs: nnx.Rngs):
@@ -37,9 +40,23 @@ class Flash(nnx.Module):
         """
         B, T = tokens_BT.shape
         rows = place(segment_ids_BT, (B, T), self.config.padding)
-        position_BTC = self.position_scale[...] * sinusoids(rows.position_BT, self.config.width)
-        x_BTC = (self.embedding[...][tokens_BT] + position_BTC).astype(self.config.dtype)
+        x_BTC, _ = self.embed(tokens_BT, rows.position_BT)
         return self.norm(run_layers(self.layers, x_BTC, rows, remat=self.config.remat))
+
+    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+        """Input of the first layer, and what all layers are told of positions."""
+        position_BTC = self.position_scale[...] * sinusoids(position_BT, self.config.width)
+        return (self.embedding[...][tokens_BT] + position_BTC).astype(self.config.dtype), (position_BT,)
+
+    def check_decodable(self, capacity: int) -> None:
+        """Raise `ConfigError` unless sequences can be decoded exactly, however long."""
+        config, attention = self.config, self.config.attention
+        require(attention.causal, "attention.causal=false predicts no next token, so that nothing can be generated")
+        require(
+            attention.kind == "augmented",
+            f"attention.kind={attention.kind} of FLASH reads whole rows and cannot be decoded; train kind=augmented",
+        )
+        require(config.padding == "exact", "padding=released mixes padding into a row and cannot be decoded: use exact")
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""

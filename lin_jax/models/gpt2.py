@@ -1,17 +1,22 @@
 """GPT-2 (Radford et al., 2019), with softmax or linearized attention, as a language model or a classifier."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.config import Gpt2Config, require
-from lin_jax.layers.attention import Mixing, layer_kinds
+from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
 from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.stack import run_layers, stack_layers
+from lin_jax.layers.steps import Step
+from lin_jax.models.language_model import LanguageModel, check_transformer
+from lin_jax.ops.state import Pending
 
 # Standard deviation of initial matrices; the two that write to the residual have it divided by sqrt(2 L).
 DEVIATION = 0.02
@@ -38,10 +43,14 @@ class Gpt2Layer(nnx.Module):
 
     def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, kind: str) -> Float[Array, "B T C"]:
         """What the attention adds."""
-        B, T, C = x_BTC.shape
+        y_BTHD = self.mixing(*self._project(x_BTC), rows, kind)
+        return self.output(y_BTHD.reshape(x_BTC.shape))
+
+    def _project(self, x_BTC: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values."""
         joint = self.query_key_value(self.attention_norm(x_BTC))
-        q, k, v = (x.reshape(B, T, self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
-        return self.output(self.mixing(q, k, v, rows, kind).reshape(B, T, C))
+        q, k, v = (x.reshape(*x.shape[:2], self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
+        return q, k, v
 
     def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         """x with what the feed-forward layer adds."""
@@ -49,8 +58,26 @@ class Gpt2Layer(nnx.Module):
         wide_BTF = jax.nn.gelu(self.up(self.feed_forward_norm(x_BTC)), approximate=True)
         return x_BTC + self.down(wide_BTF)
 
+    def empty_state(self, batch: int, capacity: int, kind: str) -> MixingState:
+        """The state before the first token, see `Mixing.empty_state`."""
+        none_BTHD = jnp.zeros((batch, 0, self.config.heads, self.config.head_size), self.config.dtype)
+        return self.mixing.empty_state(none_BTHD, none_BTHD, capacity, kind)
 
-class Gpt2(nnx.Module):
+    def decode(
+        self, x_BTC: Float[Array, "B T C"], state: MixingState, step: Step
+    ) -> tuple[Array, MixingState | Pending]:
+        """The layer for tokens that follow a state, see `Mixing.decode`."""
+        y_BTHD, after = self.mixing.decode(*self._project(x_BTC), state, step)
+        return self.feed(x_BTC + self.output(y_BTHD.reshape(x_BTC.shape))), after
+
+    def commit(
+        self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
+    ) -> MixingState:
+        """The state after the first `count_B` nodes of each row's path."""
+        return self.mixing.commit(state, pending, path_BP, count_B)
+
+
+class Gpt2(LanguageModel):
     """Token and position embeddings, layers, norm, and a head that shares the tokens' matrix."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
@@ -79,19 +106,28 @@ class Gpt2(nnx.Module):
             ConfigError: T exceeds the positions that the model knows.
         """
         config = self.config
-        x_BTC, rows = self.embed(tokens_BT, segment_ids_BT)
+        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT)
         kinds = layer_kinds(config.attention, config.depth)
-        return self.norm(run_layers(self.layers, x_BTC, rows, remat=config.remat, kinds=kinds))
+        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds))
 
-    def embed(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T C"], Rows]:
-        """What the first layer reads, and what all layers are told."""
+    def begin(self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None) -> tuple[Any, ...]:
+        """What the first layer reads of whole rows, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
         require(config.positions >= T, f"rows of {T} tokens are longer than the model's positions={config.positions}")
         rows = place(segment_ids_BT, (B, T), "exact")
-        x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][rows.position_BT]
-        return x_BTC.astype(config.dtype), rows
+        x_BTC, shared = self.embed(tokens_BT, rows.position_BT)
+        return x_BTC, rows, *shared
+
+    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+        """Input of the first layer, and what all layers are told of positions: nothing."""
+        x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][position_BT]
+        return x_BTC.astype(self.config.dtype), ()
+
+    def check_decodable(self, capacity: int) -> None:
+        """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""
+        positions = self.config.positions
+        check_transformer(self.config, capacity)
+        require(capacity <= positions, f"{capacity} tokens exceed the model's positions={positions}: ask for fewer")
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""

@@ -1,17 +1,24 @@
 """LLaMA 1, 2 and 3 (Touvron et al., 2023), with softmax or linearized attention."""
 
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.config import LlamaConfig
-from lin_jax.layers.attention import Mixing, layer_kinds
+from lin_jax.config import LlamaConfig, require
+from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
 from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.rope import Rotation, rotate_halves, rotation
 from lin_jax.layers.stack import run_layers, stack_layers
+from lin_jax.layers.steps import Step
+from lin_jax.models.language_model import LanguageModel, check_transformer
+from lin_jax.ops.state import Pending
 
 # Standard deviation of initial matrices.
 DEVIATION = 0.02
@@ -38,12 +45,24 @@ class LlamaAttention(nnx.Module):
         self, x_BTC: Float[Array, "B T C"], rows: Rows, rotation: Rotation, kind: str
     ) -> Float[Array, "B T C"]:
         """Applies the attention."""
-        B, T, _ = x_BTC.shape
-        heads = lambda x: x.reshape(B, T, -1, self.config.head_size)  # noqa: E731
+        return self._output(self.mixing(*self._project(x_BTC, rotation), rows, kind))
+
+    def decode(
+        self, x_BTC: Float[Array, "B T C"], rotation: Rotation, state: MixingState, step: Step
+    ) -> tuple[Array, MixingState | Pending]:
+        """The attention of tokens that follow a state, see `Mixing.decode`."""
+        y_BTHD, after = self.mixing.decode(*self._project(x_BTC, rotation), state, step)
+        return self._output(y_BTHD), after
+
+    def _project(self, x_BTC: Array, rotation: Rotation) -> tuple[Array, Array, Array]:
+        """Queries, keys and values."""
+        heads = lambda x: x.reshape(*x.shape[:2], -1, self.config.head_size)  # noqa: E731
         q_BTHD = rotate_halves(heads(self.query(x_BTC)), rotation)
         k_BTKD = rotate_halves(heads(self.key(x_BTC)), rotation)
-        y_BTHD = self.mixing(q_BTHD, k_BTKD, heads(self.value(x_BTC)), rows, kind)
-        return self.output(y_BTHD.reshape(B, T, -1))
+        return q_BTHD, k_BTKD, heads(self.value(x_BTC))
+
+    def _output(self, y_BTHD: Array) -> Array:
+        return self.output(y_BTHD.reshape(*y_BTHD.shape[:2], -1))
 
 
 class SwiGlu(nnx.Module):
@@ -83,8 +102,27 @@ class LlamaLayer(nnx.Module):
         """x with what the feed-forward layer adds."""
         return x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
 
+    def empty_state(self, batch: int, capacity: int, kind: str) -> MixingState:
+        """The state before the first token, see `Mixing.empty_state`."""
+        config = self.attention.config
+        none_BTKD = jnp.zeros((batch, 0, config.key_value_heads, config.head_size), config.dtype)
+        return self.attention.mixing.empty_state(none_BTKD, none_BTKD, capacity, kind)
 
-class Llama(nnx.Module):
+    def decode(
+        self, x_BTC: Float[Array, "B T C"], rotation: Rotation, state: MixingState, step: Step
+    ) -> tuple[Array, MixingState | Pending]:
+        """The layer for tokens that follow a state, see `Mixing.decode`."""
+        attended_BTC, after = self.attention.decode(self.attention_norm(x_BTC), rotation, state, step)
+        return self.feed(x_BTC + attended_BTC), after
+
+    def commit(
+        self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
+    ) -> MixingState:
+        """The state after the first `count_B` nodes of each row's path."""
+        return self.attention.mixing.commit(state, pending, path_BP, count_B)
+
+
+class Llama(LanguageModel):
     """Token embedding, layers, norm, and a head that may share the embedding's matrix."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -107,18 +145,34 @@ class Llama(nnx.Module):
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
         """
         config = self.config
-        x_BTC, *shared = self.embed(tokens_BT, segment_ids_BT)
+        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT)
         kinds = layer_kinds(config.attention, config.depth)
         return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds))
 
-    def embed(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T C"], Rows, Rotation]:
-        """What the first layer reads, and what all layers are told."""
+    def begin(self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None) -> tuple[Any, ...]:
+        """What the first layer reads of whole rows, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
         rows = place(segment_ids_BT, (B, T), "exact")
         turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
         return self.embedding[...][tokens_BT].astype(config.dtype), rows, turn
+
+    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+        """Input of the first layer, and what all layers are told of the positions of tokens that follow a state."""
+        config = self.config
+        # Within `positions` dynamic scaling changes nothing, and beyond them it is refused.
+        rope = config.rope if config.rope.scaling != "dynamic" else dataclasses.replace(config.rope, scaling="default")
+        turn = rotation(rope, position_BT, config.head_size, config.positions)
+        return self.embedding[...][tokens_BT].astype(config.dtype), (turn,)
+
+    def check_decodable(self, capacity: int) -> None:
+        """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""
+        config = self.config
+        check_transformer(config, capacity)
+        require(
+            config.rope.scaling != "dynamic" or capacity <= config.positions,
+            f"rope.scaling=dynamic changes what was computed once a sequence exceeds positions={config.positions}, but "
+            f"{capacity} tokens are asked for: use fewer, or rope.scaling=linear or llama3",
+        )
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""

@@ -60,6 +60,19 @@ def empty_state(
     )
 
 
+class Pending(NamedTuple):
+    """Tokens that may follow a state, as the state would hold them: the nodes of a verified tree, or plain tokens."""
+
+    key_BMKD: Float[Array, "B M K D"]
+    grouped_key_BMKP: Float[Array, "B M K P"] | None
+    value_BMKE: Float[Array, "B M K E"]
+
+
+def along_path(pending: Pending, path_BP: Int[Array, "B P"]) -> Pending:
+    """The nodes of each row's path, in its order."""
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, path_BP[:, :, None, None], axis=1), pending)
+
+
 class Context(NamedTuple):
     """The tokens that a state remembers, laid out as if they stood in the row just before its first token.
 

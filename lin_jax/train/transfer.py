@@ -46,7 +46,7 @@ def attention_errors(student: Any, teacher: Any, tokens_BT: Array, segment_ids_B
     """The mean square of the difference of the two models' attentions, over channels and linearized layers."""
     config = student.config
     kinds = layer_kinds(config.attention, config.depth)
-    x_BTC, *shared = teacher.embed(tokens_BT, segment_ids_BT)
+    x_BTC, *shared = teacher.begin(tokens_BT, segment_ids_BT)
     pair, start = _Pair(student.layers, teacher.layers), (x_BTC, jnp.zeros(tokens_BT.shape, jnp.float32))
     _, error_BT = run_layers(pair, start, *shared, remat=config.remat, kinds=kinds)
     return error_BT / max(1, sum(kind != "softmax" for kind in kinds))

@@ -56,7 +56,7 @@ def layer_of(layers, number):
 def test_it_is_the_error_of_each_layer_on_the_teachers_features(config):
     teacher = create_model(config, nnx.Rngs(0))
     student = with_noise(create_model(config, nnx.Rngs(0)), 1)
-    x, *shared = teacher.embed(TOKENS, SEGMENTS)
+    x, *shared = teacher.begin(TOKENS, SEGMENTS)
     errors = []
     for number, kind in enumerate(layer_kinds(config.attention, config.depth)):
         theirs, ours = layer_of(teacher.layers, number), layer_of(student.layers, number)

@@ -22,6 +22,7 @@ from lin_jax.ops.activations import masked_activation
 from lin_jax.ops.augmented_attention.inputs import Inputs
 from lin_jax.ops.feature_maps import FEATURE_MAPS
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.product import product
 from lin_jax.ops.state import context_tokens
 
 # Tokens in a chunk. On two CPU cores (H8 D64 G64 W32, T 16384) 256 to 512 were fastest; all groups at once took 1.8
@@ -251,11 +252,6 @@ def _group_keys(x: Array) -> Array:
     return x.swapaxes(2, 3)
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
-    """Matrix products in the type of the inputs, summed in float32."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
 class _Masks(NamedTuple):
     """Which slots of its window each query sees, [B or 1, n or 1, 1, 1, G, S]."""
 
@@ -299,7 +295,7 @@ def _outputs(
         phi_query = phi(query if queries.grouped_query is None else _group_queries(queries.grouped_query, blocks, K))
         if masks.grouped is not None:
             phi_key = _group_keys(phi(window.key if window.grouped_key is None else window.grouped_key))
-            score = _product("bnkjgp,bnksp->bnkjgs", phi_query, phi_key)
+            score = product("bnkjgp,bnksp->bnkjgs", phi_query, phi_key)
             weights += jnp.where(masks.grouped, alpha * score, 0)
     if bands.taps is not None:
         weights += bands.taps if masks.same is None else jnp.where(masks.same, bands.taps, 0)
@@ -307,12 +303,12 @@ def _outputs(
     y = jnp.zeros((B, blocks.count, K, H // K, G, known.value.shape[-1]), jnp.float32)
     if weights.ndim:
         weights = jnp.broadcast_to(weights, (B, blocks.count, K, H // K, *weights.shape[-2:]))
-        y += _product("bnkjgs,bnkse->bnkjge", weights.astype(dtype), _group_keys(window.value))
+        y += product("bnkjgs,bnkse->bnkjge", weights.astype(dtype), _group_keys(window.value))
     if bands.tail_taps is not None:
         y += _tail_convolution(inputs, blocks, bands.tail_taps, queries, known)
     if inputs.grouped:
         for beyond in states:
-            far = _product("bnkjgp,bnkpe->bnkjge", phi_query, beyond.state.astype(phi_query.dtype))
+            far = product("bnkjgp,bnkpe->bnkjge", phi_query, beyond.state.astype(phi_query.dtype))
             if masks.grouped is not None:
                 own = queries.run.reshape(B, blocks.count, 1, 1, G, 1) == beyond.run[:, :, None, None, None, None]
                 far = jnp.where(own, far, 0)
@@ -323,7 +319,7 @@ def _outputs(
 
 def _local_weights(inputs: Inputs, query: Array, window: _Tokens, mask: Array, bias: Array | None) -> Array:
     """a(q, k) for all slots of the window, [B, n, K, J, G, S] in float32."""
-    score = inputs.score_scale * _product("bnkjgd,bnksd->bnkjgs", query, _group_keys(window.key))
+    score = inputs.score_scale * product("bnkjgd,bnksd->bnkjgs", query, _group_keys(window.key))
     if bias is not None:
         score += bias
     return masked_activation(inputs.local, score, mask)
@@ -336,11 +332,11 @@ def _tail_convolution(
     G, taps = inputs.group_size, taps.astype(known.value.dtype)
     values = _group_keys(_tails(known.value, blocks, G))
     if inputs.aligned:
-        return _product("kjgu,bnkue->bnkjge", taps[0, 0], values)
+        return product("kjgu,bnkue->bnkjge", taps[0, 0], values)
     run, valid = _tails(known.run, blocks, G), _tails(known.value_known, blocks, G)
     query_run = queries.run.reshape(*run.shape[:2], G, 1)
     seen = ((query_run == run[:, :, None]) & valid[:, :, None])[:, :, None, None]
-    return _product("bnkjgu,bnkue->bnkjge", jnp.where(seen, taps, 0), values)
+    return product("bnkjgu,bnkue->bnkjge", jnp.where(seen, taps, 0), values)
 
 
 def _outer_sums(inputs: Inputs, cut: _Tokens, mask: Bool[Array, "B n S"]) -> Float[Array, "B n K P E"]:
@@ -348,7 +344,7 @@ def _outer_sums(inputs: Inputs, cut: _Tokens, mask: Bool[Array, "B n S"]) -> Flo
     phi_key = FEATURE_MAPS[inputs.feature_map](cut.key if cut.grouped_key is None else cut.grouped_key)
     if not inputs.aligned or not inputs.causal:
         phi_key = jnp.where(mask[..., None, None], phi_key, 0)
-    return _product("bnksp,bnkse->bnkpe", _group_keys(phi_key), _group_keys(cut.value))
+    return product("bnksp,bnkse->bnkpe", _group_keys(phi_key), _group_keys(cut.value))
 
 
 def _states_before(inputs: Inputs, blocks: _Blocks, known: _Tokens, state: Array, state_run: Array) -> _States:

@@ -1,0 +1,206 @@
+"""Generation with a real checkpoint: speculation gives the very tokens of plain decoding; texts, stops and errors."""
+
+import dataclasses
+import sys
+from subprocess import run
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lin_jax
+from lin_jax.config import AttentionConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
+from lin_jax.convert.medusa import read_heads, write_heads
+from lin_jax.decode.generate import Generator, generate_tokens
+from lin_jax.decode.text import TextGenerator
+from lin_jax.models.medusa import MedusaHeads, medusa_loss, start_heads
+from lin_jax.models.registry import create_model
+from tests.golden import ROOT
+
+STORIES = ROOT / "../shared/data/stories260k_hf"
+PROMPTS = [
+    "Once upon a time",
+    "Lily and Ben went to the park. Lily and Ben went to",
+    "Tom",
+    "One day, a big dog saw a cat. The",
+]
+
+
+@pytest.fixture(scope="module")
+def stories():
+    if not STORIES.is_dir():
+        pytest.skip(f"no checkpoint at {STORIES}")
+    return lin_jax.load(STORIES)
+
+
+def linearized(model, **changes):
+    """The checkpoint with augmented attention: new parameters far from 0, text still text-like."""
+    attention = AttentionConfig(group_size=8, local="softmax", local_groups=2, convolution=4, **changes)
+    other = create_model(dataclasses.replace(model.config, attention=attention), nnx.Rngs(0))
+    old = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    new = [
+        (path, old.get(path, leaf.replace(leaf[...] + 0.02)))
+        for path, leaf in nnx.to_flat_state(nnx.state(other, nnx.Param))
+    ]
+    nnx.update(other, nnx.from_flat_state(new))
+    return other
+
+
+@pytest.fixture(scope="module", params=["softmax", "augmented"])
+def model(request, stories):
+    return stories[0] if request.param == "softmax" else linearized(stories[0])
+
+
+@pytest.fixture(scope="module")
+def ids(stories):
+    return [np.concatenate([[1], stories[1].encode(prompt)]).astype(np.int32) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def heads(stories):
+    """Heads that guess a word again and again, so now and then one is right."""
+    return start_heads(MedusaConfig(heads=4), stories[0], nnx.Rngs(0))
+
+
+def recomputed(model, prompt, count):
+    """Greedy tokens, the whole prefix read again for each."""
+    tokens = list(prompt)
+    features = nnx.jit(lambda model, row: model(row))
+    for _ in range(count):
+        row = np.zeros((1, 64), np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(features(model, jnp.asarray(row))[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_speculation_gives_the_tokens_of_plain_decoding(model, ids, heads):
+    """Greedy, a ragged batch, with a stop inside accepted paths."""
+    config = GenerateConfig(max_new_tokens=40)
+    plain = generate_tokens(model, config, ids, stop_ids=[2])
+    assert [len(row.tokens) for row in plain] == [row.steps for row in plain]
+    assert plain[0].tokens[:12].tolist() == recomputed(model, ids[0], 12)
+    for draft in ("lookup", "medusa"):
+        rows = generate_tokens(model, dataclasses.replace(config, draft=draft), ids, heads=heads, stop_ids=[2])
+        for row, expected in zip(rows, plain, strict=True):
+            np.testing.assert_array_equal(row.tokens, expected.tokens)
+        assert sum(row.steps for row in rows) < 0.95 * sum(row.steps for row in plain)
+    # A token that plain decoding emits becomes a stop: it ends its row, wherever on a path it was accepted.
+    stop = int(plain[1].tokens[-1])
+    ended = generate_tokens(model, dataclasses.replace(config, draft="lookup"), ids, stop_ids=[stop])
+    for row, expected in zip(ended, plain, strict=True):
+        places = np.flatnonzero(expected.tokens == stop)
+        np.testing.assert_array_equal(row.tokens, expected.tokens[: places[0] + 1 if len(places) else None])
+        assert row.done
+
+
+def test_samples_do_not_depend_on_draft_or_batch(stories, ids, heads):
+    model = linearized(stories[0])
+    sampling = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)
+    config = GenerateConfig(max_new_tokens=24, sampling=sampling, prefill_chunk=8)
+    plain = generate_tokens(model, config, ids)
+    [alone] = generate_tokens(model, config, ids[1:2])
+    np.testing.assert_array_equal(alone.tokens, plain[1].tokens)
+    rows = generate_tokens(model, dataclasses.replace(config, draft="medusa"), ids[::-1], heads=heads)
+    for row, expected in zip(rows[::-1], plain, strict=True):
+        np.testing.assert_array_equal(row.tokens, expected.tokens)
+    other = dataclasses.replace(config, sampling=dataclasses.replace(sampling, seed=6))
+    assert any((a.tokens != b.tokens).any() for a, b in zip(generate_tokens(model, other, ids), plain, strict=True))
+
+
+def test_typical_acceptance_keeps_more(stories, ids, heads):
+    config = GenerateConfig(max_new_tokens=40, draft="medusa", sampling=SamplingConfig(temperature=0.7))
+    exact = generate_tokens(stories[0], config, ids, heads=heads)
+    typical = dataclasses.replace(config, acceptance="typical", typical_threshold=0.01, typical_alpha=0.01)
+    rows = generate_tokens(stories[0], typical, ids, heads=heads)
+    assert all(len(row.tokens) == 40 for row in rows)
+    assert sum(row.steps for row in rows) < sum(row.steps for row in exact)
+
+
+def test_two_lines_of_python(stories):
+    texts = lin_jax.generate(*stories, PROMPTS[:2], max_new_tokens=30, draft="lookup", batch_size=3, samples=2)
+    assert [text[: len(prompt)] for text, prompt in zip(texts, np.repeat(PROMPTS[:2], 2), strict=True)] == [
+        PROMPTS[0],
+        PROMPTS[0],
+        PROMPTS[1],
+        PROMPTS[1],
+    ]
+    assert texts[0] == texts[1] and texts[0].startswith("Once upon a time, there was a little girl named Lily.")
+    [short] = lin_jax.generate(*stories, PROMPTS[:1], max_new_tokens=30, stop=("girl", "boy"))
+    assert short == "Once upon a time, there was a little "
+    samples = lin_jax.generate(*stories, PROMPTS[:1], max_new_tokens=20, temperature=1.0, samples=3)
+    assert len(set(samples)) == 3
+
+
+def test_texts_are_streamed_in_blocks(stories):
+    generator = TextGenerator(*stories, GenerateConfig(max_new_tokens=10, block=4))
+    [batch] = [list(batch) for batch in generator.batches(PROMPTS[:1])]
+    assert [rows[0].tokens for rows in batch] == [4, 8, 10]
+    assert [rows[0].done for rows in batch] == [False, False, True]
+    assert batch[-1][0].text.startswith(batch[0][0].text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": [""]}, "prompt 0 is empty"),
+        ({"prompts": ["a"], "max_new_tokens": 600}, "positions=512"),
+        ({"prompts": ["a"], "stop_tokens": ("<nothing>",)}, "no token '<nothing>'"),
+        ({"prompts": ["a"], "draft": "medusa"}, "needs a model with Medusa heads"),
+        ({"prompts": ["a"], "warmth": 1}, "unknown setting warmth"),
+        ({"prompts": "a"}, "must be a list"),
+        ({"prompts": ["a"], "temperature": -1.0}, "temperature must be 0 or more"),
+    ],
+)
+def test_wrong_requests_are_refused_in_one_line(stories, settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        lin_jax.generate(*stories, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tree", "message"),
+    [
+        ((4, 65, 512), "mc_sim_7b_63", "of another model"),
+        ((3, 64, 512), "mc_sim_7b_63", "4 guesses deep"),
+        ((4, 64, 512), "oak", "unknown tree"),
+    ],
+)
+def test_heads_and_trees_that_do_not_fit_are_refused(stories, heads, tree, message):
+    made = MedusaHeads(MedusaConfig(heads=heads[0]), *heads[1:], rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=message):
+        Generator(stories[0], GenerateConfig(draft="medusa", tree=tree), heads=made)
+
+
+def test_new_heads_say_what_the_model_says_and_are_read_back(stories, heads, tmp_path):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64)), jnp.float32)
+    expected = np.repeat(np.asarray(stories[0].head(x))[:, None], 4, axis=1)
+    np.testing.assert_allclose(heads(x), expected, atol=1e-5)
+    write_heads(tmp_path, heads)
+    np.testing.assert_array_equal(read_heads(tmp_path / "medusa_lm_head.safetensors")(x), heads(x))
+    with pytest.raises(ConfigError, match="no Medusa heads"):
+        read_heads(tmp_path / "nothing.pt")
+
+
+def test_the_loss_of_heads_is_of_the_tokens_they_guess():
+    rng = np.random.default_rng(0)
+    tokens, weights = rng.integers(0, 5, (2, 6)), np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.float32)
+    logits = rng.standard_normal((2, 6, 2, 5)).astype(np.float32)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    means = []
+    for k in (1, 2):
+        losses = [
+            -log_p[b, t, k - 1, tokens[b, t + k + 1]]
+            for b in range(2)
+            for t in range(6 - k - 1)
+            if weights[b, t + k + 1]
+        ]
+        means.append(np.mean(losses))
+    loss, of_heads = medusa_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(weights))
+    np.testing.assert_allclose(of_heads, means, rtol=1e-5)
+    np.testing.assert_allclose(loss, 0.8 * means[0] + 0.64 * means[1], rtol=1e-5)
+
+
+def test_the_package_is_light_until_it_is_used():
+    code = "import lin_jax, sys; assert 'jax' not in sys.modules; lin_jax.generate; assert 'jax' in sys.modules"
+    assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,163 @@
+"""Models that decode: chunks, trees and commits against the features of whole rows, for every kind of attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
+from lin_jax.models.language_model import unstacked
+from lin_jax.models.registry import create_model
+from lin_jax.ops.tree import chain, tree_from_paths
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+V, G = 20, 4
+BASE = AttentionConfig(group_size=G, convolution=6)
+FLASH = {
+    "plain": {},
+    "laplace_two_groups": {"local": "laplace", "local_groups": 2, "feature_map": "elu1"},
+    "castling": {"castling": True, "convolution": 3},
+    "castling_alone": {"castling": True, "convolution": 0, "grouped": False},
+    "fourier": {"feature_map": "fourier", "feature_size": 6},
+    "favor_grouped_only": {"feature_map": "favor", "feature_size": 5, "local": "none"},
+}
+LLAMA = {
+    "plain": {},
+    "softmax": {"kind": "softmax"},
+    "softmax_local": {"local": "softmax", "local_groups": 3, "feature_map": "relu"},
+    "softmax_local_alone": {"local": "softmax", "grouped": False},
+    "laplace": {"local": "laplace", "local_weight": "learned", "normalise_grouped": True, "local_groups": 2},
+    "castling": {"castling": True, "normalise_grouped": True, "grouped_weight": "one"},
+    "grouped": {"local": "none", "convolution": 0, "feature_map": "elu1"},
+    "hybrid": {"softmax_layers": (1,), "local_weight": "learned"},
+}
+TREE = tree_from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0]])
+LENGTHS = np.array([9, 3, 0])
+
+
+def make_config(family, attention):
+    attention = dataclasses.replace(BASE, **attention)
+    if family == "flash":
+        return FlashConfig(vocabulary_size=V, width=12, depth=2, query_key_size=6, rotary_size=4, attention=attention)
+    if family == "gpt2":
+        return Gpt2Config(
+            vocabulary_size=V, width=16, depth=2, heads=4, feed_forward_size=20, positions=32, attention=attention
+        )
+    return LlamaConfig(
+        vocabulary_size=V,
+        width=16,
+        depth=2,
+        heads=4,
+        key_value_heads=2,
+        head_size=6,
+        feed_forward_size=20,
+        positions=32,
+        attention=attention,
+    )
+
+
+def make_model(config):
+    """A model whose parameters are all far from their start, the new ones too."""
+    model, rng = create_model(config, nnx.Rngs(0)), np.random.default_rng(1)
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), state))
+    return model
+
+
+def expected_features(model, prompts, tree, tokens_BM):
+    """Features of the last token of [prompt, path to the node] for all nodes, by the training path: [B, M, C]."""
+    rows, ids, last = [], [], []
+    width = max(len(prompt) for prompt in prompts) + tree.height
+    for b, prompt in enumerate(prompts):
+        for node in range(tree.nodes):
+            path = tree.path_MP[node][: tree.depth_M[node] + 1]
+            row = [*prompt, *np.asarray(tokens_BM)[b, path]]
+            rows.append(row + [0] * (width - len(row)))
+            ids.append([1] * len(row) + [0] * (width - len(row)))
+            last.append(len(row) - 1)
+    features = jax.jit(lambda t, i: model.features(t, i))(jnp.asarray(rows), jnp.asarray(ids))
+    return np.asarray(features)[np.arange(len(rows)), last].reshape(len(prompts), tree.nodes, -1)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("flash", name) for name in FLASH), *(("llama", name) for name in LLAMA), ("gpt2", "plain"), ("gpt2", "hybrid")],
+)
+def test_chunks_trees_and_commits_are_the_whole_row(family, name):
+    model = make_model(make_config(family, (FLASH if family == "flash" else LLAMA)[name]))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, V, length).tolist() for length in LENGTHS]
+    nodes_BM = jnp.asarray(rng.integers(0, V, (3, TREE.nodes)))
+    # The first row is padded on the right, the second on the left and inside.
+    row_BT, real_BT = np.zeros((3, 12), np.int32), np.zeros((3, 12), bool)
+    row_BT[0, :9], real_BT[0, :9] = prompts[0], True
+    row_BT[1, [5, 9, 11]], real_BT[1, [5, 9, 11]] = prompts[1], True
+    path_BP = jnp.asarray(TREE.path_MP[[8, 5, 2]])
+    count_B = jnp.array([6, 2, 0])
+
+    @jax.jit
+    def run(row_BT, real_BT, nodes_BM):
+        state = model.empty_state(3, 32)
+        read = []
+        for start, stop in ((0, 7), (7, 12)):
+            features, state = model.forward(row_BT[:, start:stop], state, real_BT[:, start:stop])
+            read.append(features)
+        first, pending = model.verify(nodes_BM, TREE, state)
+        state = model.commit(state, pending, path_BP, count_B)
+        second, _ = unstacked(model).verify(nodes_BM, TREE, state)
+        return jnp.concatenate(read, axis=1), first, second
+
+    read, first, second = (np.asarray(x) for x in run(row_BT, real_BT, nodes_BM))
+    segments = real_BT.astype(np.int32)
+    compact = np.array([prompts[0] + [0] * 3, prompts[1] + [0] * 9, [0] * 12])
+    whole = np.asarray(jax.jit(model.features)(jnp.asarray(compact), jnp.asarray(np.sort(segments)[:, ::-1])))
+    np.testing.assert_allclose(read[0, :9], whole[0, :9], atol=1e-4)
+    np.testing.assert_allclose(read[1, [5, 9, 11]], whole[1, :3], atol=1e-4)
+    np.testing.assert_allclose(first, expected_features(model, prompts, TREE, nodes_BM), atol=1e-4)
+    paths = [np.asarray(nodes_BM)[b, path_BP[b, : count_B[b]]].tolist() for b in range(3)]
+    longer = [prompt + path for prompt, path in zip(prompts, paths, strict=True)]
+    np.testing.assert_allclose(second, expected_features(model, longer, TREE, nodes_BM), atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "llama3"])
+def test_scaled_rotary_positions_decode(scaling):
+    rope = RopeConfig(scaling=scaling, factor=2.0, original_positions=8)
+    model = make_model(dataclasses.replace(make_config("llama", {}), rope=rope, positions=16))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (1, 16)))
+
+    @jax.jit
+    def run(tokens):
+        _, state = model.forward(tokens[:, :12], model.empty_state(1, 16))
+        return model.verify(tokens[:, 12:], chain(4), state)[0], model.features(tokens)[:, 12:]
+
+    np.testing.assert_allclose(*run(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "attention", "message"),
+    [
+        ("llama", {}, {"kind": "longlora", "convolution": 0}, "kind=longlora"),
+        ("llama", {}, {"kind": "softmax"}, "33 tokens are more than the positions=32"),
+        ("llama", {"rope": RopeConfig(scaling="dynamic", factor=2.0)}, {}, "rope.scaling=dynamic"),
+        ("gpt2", {}, {}, "33 tokens exceed the model's positions=32"),
+        ("flash", {}, {"kind": "quadratic"}, "kind=quadratic"),
+        ("flash", {}, {"kind": "softmax"}, "kind=softmax"),
+        ("flash", {}, {"causal": False}, "causal=false"),
+        ("flash", {"padding": "released"}, {}, "padding=released"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(family, changes, attention, message):
+    model = create_model(dataclasses.replace(make_config(family, attention), **changes), nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=message) as error:
+        model.empty_state(1, 33)
+    assert "\n" not in str(error.value)
+
+
+def test_the_state_has_one_size_at_any_length():
+    model = make_model(make_config("llama", {}))
+    size = lambda state: sum(x.nbytes for x in jax.tree.leaves(state))  # noqa: E731
+    assert size(model.empty_state(2, 10)) == size(model.empty_state(2, 1 << 20))
