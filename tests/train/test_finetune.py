@@ -245,7 +245,7 @@ GROUP_SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "group", "expected"), GROUP_SIZES, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize(("model", "group", "expected"), GROUP_SIZES, ids=[case[1] for case in GROUP_SIZES])
 def test_groups(model, group, expected):
     finetune = FinetuneConfig(checkpoint="x", train=(group,))
     structure = structure_of(Config(model=model, data=DataConfig(sequence_length=16), finetune=finetune))
