@@ -62,6 +62,25 @@ class TextGenerator:
             part = jobs[start : start + size]
             yield self._batch([prompts[row] for row, _ in part], [ids[row] for row, _ in part], part, size)
 
+    def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
+        """What follows one prompt of token ids, after every `config.block` steps.
+
+        Raises:
+            ConfigError: it is too long.
+        """
+        for [row] in self._batch([""], [tokens], [(0, 0)], 1):
+            yield row
+
+    def check(self, length: int) -> None:
+        """Raise `ConfigError` for a prompt of so many tokens if that is too long for the model."""
+        self._generator.needed(length)
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt; raises `ConfigError` if it is too long for the model."""
+        length = len(self._encode(0, prompt))
+        self.check(length)
+        return length
+
     def _batch(
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
     ) -> Iterator[list[Continuation]]:
