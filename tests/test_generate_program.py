@@ -17,7 +17,7 @@ from lin_jax.config import AttentionConfig, Config, GenerateConfig, LlamaConfig,
 from lin_jax.convert.medusa import write_heads
 from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer
 from lin_jax.decode.chat import Chat, ChatTemplate
-from lin_jax.decode.generate import generate_tokens
+from lin_jax.decode.generate import _rounded, generate_tokens
 from lin_jax.decode.jsonl import Job
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.stream import settled, stream_texts
@@ -272,6 +272,7 @@ BAD = {
         *("augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/made.jsonl", "--resume")
     ],
     "there is no directory": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/absent/made.jsonl"],
+    "is a directory": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}", "--overwrite"],
     "is the input": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/good.jsonl", "--overwrite"],
     "chat needs a tokenizer in Hugging Face's form": ["augmented", "--chat"],
 }
@@ -303,6 +304,11 @@ def test_every_setting_is_an_argument_with_its_documentation(capsys):
         for field in dataclasses.fields(section):
             if field.name != "sampling":
                 assert f"--{field.name} " in printed and field.metadata["doc"] in printed
+
+
+def test_few_capacities_serve_most_lengths():
+    assert {_rounded(tokens) for tokens in range(1, 1025)} == {128, 256, 384, 512, 768, 1024}
+    assert all(tokens <= _rounded(tokens) <= max(tokens + 128, 1.5 * tokens) for tokens in range(1, 5000))
 
 
 def test_dtype_is_that_of_parameters_and_activations(models):

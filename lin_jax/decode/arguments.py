@@ -22,7 +22,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--checkpoint",
         required=True,
         metavar="MODEL",
-        help="a run, RUN/checkpoints/STEP, a directory of Hugging Face, or a name on its Hub",
+        help="a run, a directory of Hugging Face, or a name on its Hub",
     )
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, help="of parameters and activations (default: the model's own)")

@@ -26,7 +26,9 @@ class ChatTemplate:
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # whatever the files of others hold
-            raise ConfigError(f"chat needs a tokenizer in Hugging Face's form, but {directory} has none") from error
+            raise ConfigError(
+                f"chat needs a tokenizer in Hugging Face's form, but {directory} has none ({_first_line(error)})"
+            ) from error
         require(
             bool(self._tokenizer.chat_template),
             f"chat needs a chat template, but the tokenizer in {directory} has none: take a model that was trained to "
@@ -42,8 +44,12 @@ class ChatTemplate:
         try:
             ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template may raise anything
-            raise ConfigError(f"the chat template fails: {str(error).partition(chr(10))[0]}") from error
+            raise ConfigError(f"the chat template fails: {_first_line(error)}") from error
         return np.array(ids, np.int32)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class Chat:

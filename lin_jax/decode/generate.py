@@ -20,7 +20,7 @@ from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.ops.tree import TREES, Tree, chain
 
 # Least capacity; see `_rounded`.
-_ROUND = 128
+_LEAST = 128
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +177,7 @@ class Generator:
 
 def _rounded(tokens: int) -> int:
     """A capacity for so many tokens: one of two in every doubling, so that most lengths share a program."""
-    unit = max(_ROUND, (1 << (tokens - 1).bit_length()) // 4)
+    unit = max(_LEAST, (1 << (tokens - 1).bit_length()) // 4)
     return -(-tokens // unit) * unit
 
 

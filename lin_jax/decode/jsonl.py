@@ -64,6 +64,7 @@ class Job:
         require(not (resume and overwrite), "--resume keeps the output and --overwrite replaces it: give one of them")
         require(source.absolute() != target.absolute(), f"--output {target} is the input: choose another")
         self.source, self.target, self._resume = source, target, resume
+        require(not target.is_dir(), f"--output {target} is a directory: choose another")
         require(target.absolute().parent.is_dir(), f"--output {target}: there is no directory {target.parent}")
         require(
             resume or overwrite or not target.exists(),
