@@ -95,6 +95,7 @@ def talk(generator: TextGenerator, template: ChatTemplate) -> None:
             print()
             continue
         except EOFError:
+            print(end="\n" if sys.stdin.isatty() else "")
             return
         if text.strip():
             _answer(chat, text)
