@@ -87,7 +87,7 @@ def _section_type(annotation: Any, value: Any) -> Any:
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--config`, whose `--help` lists every setting; its errors are raised as `ConfigError`."""
-    parser = _Parser(
+    parser = OneLineParser(
         description=description,
         epilog="settings, with their defaults before the file is read:\n\n"
         + describe(Config())
@@ -118,8 +118,11 @@ def describe(config: Any, name: str = "config") -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are raised as `ConfigError`."""
+
     def error(self, message: str) -> typing.NoReturn:
+        """Raise `message`."""
         raise ConfigError(message)
 
 

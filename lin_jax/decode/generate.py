@@ -19,8 +19,8 @@ from lin_jax.models.language_model import LanguageModel, ModelState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.ops.tree import TREES, Tree, chain
 
-# Capacities are rounded up to a multiple, so that batches of similar lengths share a program.
-_ROUND = 128
+# Least capacity; see `_rounded`.
+_LEAST = 128
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +103,12 @@ class Generator:
         split = [(None, None) if part is None else nnx.split(part) for part in parts]
         self._graphs, self._arrays = tuple(graph for graph, _ in split), tuple(arrays for _, arrays in split)
 
+    def needed(self, length: int) -> int:
+        """Tokens of a sequence whose prompt has `length`; raises `ConfigError` for more than the model takes."""
+        needed = length + self.config.max_new_tokens
+        self.model.check_decodable(needed)
+        return needed
+
     def start(self, prompts: Sequence[np.ndarray], samples: Sequence[int], rows: int | None = None) -> Progress:
         """Read prompts, in chunks of `config.prefill_chunk` tokens.
 
@@ -116,9 +122,8 @@ class Generator:
         """
         require(all(len(prompt) for prompt in prompts), "a prompt is empty: give at least one token")
         B, lengths = rows or len(prompts), [len(prompt) for prompt in prompts]
-        needed = max(lengths) + self.config.max_new_tokens
-        self.model.check_decodable(needed)
-        rounded = -(-needed // _ROUND) * _ROUND
+        needed = self.needed(max(lengths))
+        rounded = _rounded(needed)
         capacity = min(rounded, max(needed, getattr(self.model.config, "positions", rounded)))
         text_BX, length_B = np.zeros((B, capacity), np.int32), np.zeros(B, np.int32)
         for row, prompt in enumerate(prompts):
@@ -168,6 +173,12 @@ class Generator:
             done_B[: len(found)] = [row.done for row in found]
             progress = dataclasses.replace(progress, done_B=jnp.asarray(done_B))
             yield found
+
+
+def _rounded(tokens: int) -> int:
+    """A capacity for so many tokens: one of two in every doubling, so that most lengths share a program."""
+    unit = max(_LEAST, (1 << (tokens - 1).bit_length()) // 4)
+    return -(-tokens // unit) * unit
 
 
 def read_rows(progress: Progress, lengths: Sequence[int]) -> list[Generated]:

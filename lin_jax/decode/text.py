@@ -55,12 +55,31 @@ class TextGenerator:
         Raises:
             ConfigError: a prompt is empty or too long.
         """
-        ids = [self._encode(number, prompt) for number, prompt in enumerate(prompts)]
+        ids = [self._encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
         jobs = [(row, sample) for row in range(len(prompts)) for sample in range(self.config.samples)]
         size = min(self.config.batch_size, max(len(jobs), 1))
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
             yield self._batch([prompts[row] for row, _ in part], [ids[row] for row, _ in part], part, size)
+
+    def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
+        """What follows one prompt of token ids, after every `config.block` steps.
+
+        Raises:
+            ConfigError: it is too long.
+        """
+        for [row] in self._batch([""], [tokens], [(0, 0)], 1):
+            yield row
+
+    def check(self, length: int) -> None:
+        """Raise `ConfigError` for a prompt of so many tokens if that is too long for the model."""
+        self._generator.needed(length)
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt; raises `ConfigError` if it is too long for the model."""
+        length = len(self._encode(prompt, "the prompt"))
+        self.check(length)
+        return length
 
     def _batch(
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
@@ -70,9 +89,9 @@ class TextGenerator:
             triples = zip(prompts, ids, rows, strict=True)
             yield [self._continuation(prompt, before, row) for prompt, before, row in triples]
 
-    def _encode(self, number: int, prompt: str) -> np.ndarray:
+    def _encode(self, prompt: str, name: str) -> np.ndarray:
         ids = self.tokenizer.encode(prompt)
-        require(len(ids) > 0, f"prompt {number} is empty: give some text to continue")
+        require(len(ids) > 0, f"{name} is empty: give some text to continue")
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
         return np.concatenate([np.array(begin, np.int32), ids])
 

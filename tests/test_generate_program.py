@@ -1,0 +1,317 @@
+"""generate.py as a user calls it: texts that stream, jobs that resume, conversations, and wrong input in one line."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from flax import nnx
+
+import generate as program
+import lin_jax
+from lin_jax.config import AttentionConfig, Config, GenerateConfig, LlamaConfig, MedusaConfig, SamplingConfig
+from lin_jax.convert.medusa import write_heads
+from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer
+from lin_jax.decode.chat import Chat, ChatTemplate
+from lin_jax.decode.generate import _rounded, generate_tokens
+from lin_jax.decode.jsonl import Job
+from lin_jax.decode.speed import Speed
+from lin_jax.decode.stream import settled, stream_texts
+from lin_jax.decode.text import Continuation, TextGenerator, make_config
+from lin_jax.models.medusa import MedusaHeads
+from lin_jax.models.registry import create_model
+from lin_jax.train.checkpoint import save_model, tokenizer_directory
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MODEL = LlamaConfig(
+    vocabulary_size=257,
+    width=16,
+    depth=1,
+    heads=2,
+    key_value_heads=2,
+    head_size=8,
+    feed_forward_size=16,
+    positions=48,
+    attention=AttentionConfig(group_size=8, convolution=4),
+)
+SOFTMAX = dataclasses.replace(MODEL, attention=AttentionConfig(kind="softmax", convolution=0))
+SAMPLED = {"temperature": 1.0, "max_new_tokens": 12, "block": 4, "prefill_chunk": 8, "batch_size": 3}
+FLAGS = [text for name, value in SAMPLED.items() for text in (f"--{name}", str(value))]
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} </s>{% endfor %}{{ 'a' if add_generation_prompt }}"
+
+
+def save(directory, config, tokenizer):
+    model = create_model(config, nnx.Rngs(0))
+    # Far from uniform, so that samples of an untrained model have likely and unlikely tokens.
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    parameters["embedding"] = 20 * parameters["embedding"]
+    save_model(str(directory), parameters, Config(model=config), tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Runs: augmented, softmax with 48 positions, augmented with heads that are too few, and with those of another."""
+    root = tmp_path_factory.mktemp("models")
+    save(root / "augmented", MODEL, BytesTokenizer())
+    save(root / "softmax", SOFTMAX, BytesTokenizer())
+    for name, width in (("few", 16), ("other", 24)):
+        shutil.copytree(root / "augmented", root / name)
+        write_heads(root / name, MedusaHeads(MedusaConfig(heads=2), width, 257, rngs=nnx.Rngs(0)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(models):
+    return lin_jax.load(models / "augmented")
+
+
+def write_prompts(file, count=7):
+    records = [{"id": f"é{i}", "prompt": "ab" * (3 + 5 * i % 7), "nested": {"a": [i]}} for i in range(count)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def refused(arguments, capsys):
+    """The one line that says what is wrong."""
+    assert program.main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_standard_output_is_the_texts_alone(models, loaded, capsys):
+    prompts = ["Once upon", "a time é"]
+    arguments = ["--checkpoint", str(models / "augmented"), "--samples", "2", *FLAGS, "--prompt", *prompts]
+    assert program.main(arguments) == 0
+    texts = lin_jax.generate(*loaded, prompts, samples=2, **SAMPLED)
+    printed = capsys.readouterr()
+    assert printed.out == "\n".join(text + "\n" for text in texts) and len(set(texts)) == 4
+    assert printed.err.startswith("48 tokens in ") and printed.err.count("\n") == 1
+
+
+def test_pieces_hold_whole_characters_and_come_early(loaded):
+    config = make_config({**SAMPLED, "max_new_tokens": 40})
+    pieces = list(stream_texts(TextGenerator(*loaded, config), ["é"], Speed()))
+    [text] = lin_jax.generate(*loaded, ["é"], **{**SAMPLED, "max_new_tokens": 40})
+    assert "".join(pieces) == text + "\n" and len(pieces) == 11
+    assert "\ufffd" in text and not any(piece.endswith("\ufffd") for piece in pieces[:-2])
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "expected"),
+    [
+        ("one \ufffd\ufffd", False, "one "),
+        ("one \ufffd\ufffd", True, "one \ufffd\ufffd"),
+        ("a\ufffdb", False, "a\ufffdb"),
+        ("ends in th", False, "ends in "),
+        ("ends in th\ufffd", False, "ends in "),
+        ("ends in th", True, "ends in th"),
+        ("line\n", False, "line"),
+    ],
+)
+def test_what_may_still_change_is_held_back(text, done, expected):
+    assert settled(Continuation("", text, 1, 1, done), ("the end", "\n\n")) == expected
+
+
+def test_a_job_writes_its_lines_in_order(models, loaded, tmp_path, capsys):
+    records = write_prompts(tmp_path / "in.jsonl")
+    arguments = ["--prompt_file", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert program.main(["--checkpoint", str(models / "augmented"), *FLAGS, *arguments]) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    texts = lin_jax.generate(*loaded, [record["prompt"] for record in records], **SAMPLED)
+    assert [result["prompt"] + result["completion"] for result in found] == texts
+    assert [(result["line"], result["sample"]) for result in found] == [(number, 0) for number in range(1, 8)]
+    assert all(record.items() <= result.items() for record, result in zip(records, found, strict=True))
+    printed = capsys.readouterr()
+    assert not printed.out and "7 completions in" in printed.err and "s left" in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+class Interrupted(TextGenerator):
+    """Ctrl-C in the third batch."""
+
+    def batches(self, prompts):
+        for number, batch in enumerate(super().batches(prompts)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_a_resumed_job_gives_the_file_of_an_undisturbed_one(loaded, tmp_path):
+    write_prompts(tmp_path / "in.jsonl")
+    config, told = make_config({**SAMPLED, "samples": 2}), []
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    Job(tmp_path / "in.jsonl", whole).run(TextGenerator(*loaded, config), told.append)
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path / "in.jsonl", cut).run(Interrupted(*loaded, config), told.append)
+    kept = cut.read_text().splitlines()
+    assert len(kept) == 6 and set(kept) < set(whole.read_text().splitlines())
+    assert told[-1] == f"interrupted: {cut} has 3 of 7 lines; --resume goes on"
+    # One sample of a line alone, and a line that was cut off.
+    cut.write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20])
+    Job(tmp_path / "in.jsonl", cut, resume=True).run(TextGenerator(*loaded, config), told.append)
+    assert "2 of 7 lines are done already" in told
+    assert cut.read_bytes() == whole.read_bytes() and len(whole.read_text().splitlines()) == 14
+    # Nothing is left to do, so no batch is asked for.
+    Job(tmp_path / "in.jsonl", cut, resume=True).run(Interrupted(*loaded, config), told.append)
+    assert cut.read_bytes() == whole.read_bytes() and told[-1] == f"14 completions in {cut}"
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A run whose tokenizer has a chat template."""
+    directory = tmp_path_factory.mktemp("talker") / "run"
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(["</s>", *sorted(alphabet)])}, [])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    files = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=TEMPLATE)
+    save(directory, MODEL, LibraryTokenizer(backend, end_id=0, begin_id=None))
+    files.save_pretrained(tokenizer_directory(str(directory)) / "hugging_face")
+    return directory
+
+
+def test_a_conversation_is_written_by_the_template(talker):
+    model, tokenizer = lin_jax.load(talker)
+    config = make_config(SAMPLED)
+    chat = Chat(TextGenerator(model, tokenizer, config), ChatTemplate(talker / "tokenizer" / "hugging_face"))
+    first = "".join(chat.say("Hi"))
+    second = "".join(chat.say("</s>Why?"))
+
+    def answer(*parts):
+        """By token ids: 0 wherever </s> stands, which the template and the user write alike."""
+        texts = "".join(parts).split("</s>")
+        ids = np.concatenate([np.append(0, tokenizer.encode(text)) for text in texts])[1:].astype(np.int32)
+        [row] = generate_tokens(model, config, [ids], stop_ids=[0])
+        return tokenizer.decode(row.tokens).removesuffix("</s>")
+
+    assert first == answer("u Hi </s>a") != ""
+    assert second == answer("u Hi </s>", f"a {first} </s>", "u </s>Why? </s>a")
+    assert chat.messages == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "</s>Why?"},
+        {"role": "assistant", "content": second},
+    ]
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(talker, capsys, monkeypatch):
+    said = iter(["Hi", KeyboardInterrupt(), "", "More", EOFError()])
+
+    def read(mark):
+        given = next(said)
+        if isinstance(given, BaseException):
+            raise given
+        return given
+
+    reply, calls = TextGenerator.reply, []
+
+    def interrupted(self, tokens):
+        calls.append(tokens)
+        for number, row in enumerate(reply(self, tokens)):
+            if number == 1 and len(calls) == 1:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(TextGenerator, "reply", interrupted)
+    assert program.main(["--checkpoint", str(talker), "--chat", *FLAGS]) == 0
+    first, empty, second, end = capsys.readouterr().out.split("\n")
+    assert first and second and not empty and not end and len(calls) == 2
+    assert lin_jax.load(talker)[1].decode(calls[1]) == f"u Hi </s>a {first} </s>u More </s>a"
+
+
+def bad_lines(tmp_path):
+    """Inputs and an output that exist, and what is wrong with each."""
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"\n')
+    (tmp_path / "field.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n')
+    (tmp_path / "list.jsonl").write_text('["a"]\n')
+    (tmp_path / "number.jsonl").write_text('{"prompt": 3}\n')
+    (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "a" * 40}) + "\n")
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "made.jsonl").write_text('{"prompt": "b", "line": 1, "sample": 0, "completion": "", "tokens": 1}\n')
+
+
+BAD = {
+    "prompt 0 is empty": ["augmented", "--prompt", ""],
+    "52 tokens are more than the positions=48": ["softmax", "--prompt", "a" * 40, "--max_new_tokens", "12"],
+    "4 guesses deep, but the model has 2 Medusa heads": ["few", "--prompt", "a", "--draft", "medusa"],
+    "the Medusa heads are of another model": ["other", "--prompt", "a", "--draft", "medusa"],
+    "needs a model with Medusa heads": ["augmented", "--prompt", "a", "--draft", "medusa"],
+    "temperature must be 0 or more, but is -1.0": ["augmented", "--prompt", "a", "--temperature", "-1"],
+    "invalid float value: 'hot'": ["augmented", "--prompt", "a", "--temperature", "hot"],
+    "invalid choice: 'oak'": ["augmented", "--prompt", "a", "--draft", "oak"],
+    "no token '<nothing>'": ["augmented", "--prompt", "a", "--stop_tokens", "<nothing>"],
+    "absent is neither a file, nor a directory": ["{}/absent", "--prompt", "a"],
+    "one of the arguments --prompt --prompt_file --chat is required": ["augmented"],
+    "unrecognized arguments: --warmth": ["augmented", "--prompt", "a", "--warmth=1"],
+    "--output, --resume and --overwrite are for --prompt_file": ["augmented", "--prompt", "a", "--output", "x.jsonl"],
+    "--prompt_file needs --output": ["augmented", "--prompt_file", "{}/good.jsonl"],
+    "broken.jsonl, line 3: no JSON": ["augmented", "--prompt_file", "{}/broken.jsonl"],
+    "field.jsonl, line 2: there is no field 'prompt'": ["augmented", "--prompt_file", "{}/field.jsonl"],
+    "none.jsonl has no prompts": ["augmented", "--prompt_file", "{}/none.jsonl"],
+    "empty.jsonl, line 1: the prompt is empty": ["augmented", "--prompt_file", "{}/empty.jsonl"],
+    "list.jsonl, line 1: must be an object": ["augmented", "--prompt_file", "{}/list.jsonl"],
+    "number.jsonl, line 1: the prompt must be a text, but is 3": ["augmented", "--prompt_file", "{}/number.jsonl"],
+    "taken.jsonl, line 1": ["augmented", "--prompt_file", "{}/taken.jsonl"],
+    "long.jsonl, line 2: 52 tokens are more": ["softmax", "--prompt_file", "{}/long.jsonl", "--max_new_tokens", "12"],
+    "absent.jsonl": ["augmented", "--prompt_file", "{}/absent.jsonl"],
+    "made.jsonl exists: give --resume": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/made.jsonl"],
+    "made.jsonl, line 1: is not of this --prompt_file": [
+        *("augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/made.jsonl", "--resume")
+    ],
+    "there is no directory": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/absent/made.jsonl"],
+    "is a directory": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}", "--overwrite"],
+    "is the input": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/good.jsonl", "--overwrite"],
+    "chat needs a tokenizer in Hugging Face's form": ["augmented", "--chat"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_wrong_input_is_refused_in_one_line(models, tmp_path, capsys, message):
+    bad_lines(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    name, *arguments = (text.format(tmp_path) for text in BAD[message])
+    if "--prompt_file" in arguments and "--output" not in arguments and message != "--prompt_file needs --output":
+        arguments += ["--output", str(tmp_path / "new.jsonl")]
+    assert message in refused(["--checkpoint", models / name, *arguments], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_chat_needs_a_template(talker, tmp_path, capsys):
+    shutil.copytree(talker, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer" / "hugging_face" / "chat_template.jinja").unlink()
+    assert "chat needs a chat template, but" in refused(["--checkpoint", tmp_path / "run", "--chat"], capsys)
+
+
+def test_every_setting_is_an_argument_with_its_documentation(capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and r"--stop $'\n\n' --draft lookup" in printed
+    for section in (GenerateConfig, SamplingConfig):
+        for field in dataclasses.fields(section):
+            if field.name != "sampling":
+                assert f"--{field.name} " in printed and field.metadata["doc"] in printed
+
+
+def test_few_capacities_serve_most_lengths():
+    assert {_rounded(tokens) for tokens in range(1, 1025)} == {128, 256, 384, 512, 768, 1024}
+    assert all(tokens <= _rounded(tokens) <= max(tokens + 128, 1.5 * tokens) for tokens in range(1, 5000))
+
+
+def test_dtype_is_that_of_parameters_and_activations(models):
+    model, _ = lin_jax.load(models / "augmented", dtype="bfloat16")
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))}
+    assert kinds == {"bfloat16"} and model.config.dtype == "bfloat16"
