@@ -13,9 +13,9 @@ import numpy as np
 from lin_jax.config import ConfigError, require
 from lin_jax.convert.hub import TOKENIZER_FILES
 from lin_jax.convert.hugging_face import Weights, write_hugging_face
-from lin_jax.convert.source import KEPT, Source
+from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.train.checkpoint import save_model, tokenizer_directory
+from lin_jax.train.checkpoint import KEPT_TOKENIZER, save_model, tokenizer_directory
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def write_run(directory: Path, source: Source, weights: Weights, target: Path) -
         save_model(str(directory), weights.nested(), config, source.tokenizer)
     except Exception as error:  # of the checkpoint library, which tells a full disk in several ways
         raise ConfigError(f"{target} cannot be written: {str(error).strip().splitlines()[0][:300]}") from error
-    kept = Path(tokenizer_directory(str(directory))) / KEPT
+    kept = Path(tokenizer_directory(str(directory))) / KEPT_TOKENIZER
     kept.mkdir()
     _copy_tokenizer(source.tokenizer_files, kept)
 

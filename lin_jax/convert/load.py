@@ -9,10 +9,10 @@ from lin_jax.config import MeshConfig, require
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target
 from lin_jax.convert.medusa import find_heads, read_heads
-from lin_jax.convert.source import KEPT, Input, read_source
+from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.models.medusa import check_heads
-from lin_jax.train.checkpoint import checkpoints_directory, tokenizer_directory
+from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 from lin_jax.train.sharding import make_mesh
 
 
@@ -51,4 +51,4 @@ def tokenizer_files(path: str | os.PathLike[str]) -> Path:
     if not checkpoints_directory(str(directory)).exists():
         return directory
     kept = Path(tokenizer_directory(str(directory)))
-    return kept / KEPT if (kept / KEPT).is_dir() else kept
+    return kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept

@@ -13,10 +13,7 @@ from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import checkpoints_directory, load_model, tokenizer_directory
-
-# Where a run keeps the tokenizer's files as they came from Hugging Face.
-KEPT = "hugging_face"
+from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, load_model, tokenizer_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,7 @@ def _read_run(path: Path, given: Input, target: Target) -> Source:
         arrays[name] = array.astype(target.type_of(array.dtype.name))
     weights = Weights(config.model, arrays)
     kept = Path(tokenizer_directory(str(path)))
-    files = kept / KEPT if (kept / KEPT).is_dir() else kept
+    files = kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))

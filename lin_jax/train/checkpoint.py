@@ -33,6 +33,9 @@ from lin_jax.train.trainable import NEW, structure_of
 
 Report = Callable[[str], None]
 
+# Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.
+KEPT_TOKENIZER = "hugging_face"
+
 # Bytes of a file that `save_model` writes at a time.
 CHUNK_BYTES = 1 << 26
 
@@ -73,6 +76,21 @@ def checkpoints_directory(workdir: str) -> epath.Path:
 def tokenizer_directory(workdir: str) -> epath.Path:
     """Where a run keeps its tokenizer."""
     return epath.Path(workdir).absolute() / "tokenizer"
+
+
+def base_tokenizer_directory(config: Config) -> epath.Path:
+    """Where the tokenizer of `finetune.checkpoint` is."""
+    return tokenizer_directory(_workdir_and_step(config.finetune.checkpoint)[0])
+
+
+def keep_tokenizer_files(config: Config) -> None:
+    """Copy the files of the base model's tokenizer as they came from Hugging Face, chat template included."""
+    kept = base_tokenizer_directory(config) / KEPT_TOKENIZER
+    if config.data.tokenizer == "checkpoint" and kept.is_dir():
+        target = tokenizer_directory(config.workdir) / KEPT_TOKENIZER
+        target.mkdir(parents=True, exist_ok=True)
+        for file in kept.iterdir():
+            file.copy(target / file.name, overwrite=True)
 
 
 def has_checkpoint(config: Config) -> bool:

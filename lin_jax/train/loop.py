@@ -183,7 +183,7 @@ def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
         return restore_tokenizer(checkpoint.tokenizer_directory(config.workdir))
     if config.data.tokenizer == "checkpoint":
         checkpoint.check_base(config.finetune.checkpoint)
-        return restore_tokenizer(checkpoint.tokenizer_directory(config.finetune.checkpoint))
+        return restore_tokenizer(checkpoint.base_tokenizer_directory(config))
     check_vocabulary(config.data, config.model.vocabulary_size)
     with tempfile.TemporaryDirectory() as directory:  # A learned one is written here first: nothing is sure yet.
         return load_tokenizer(config.data, directory)
@@ -206,6 +206,7 @@ def _open_workdir(parts: Parts, tokenizer: Tokenizer, step: int) -> None:
     try:
         Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
         tokenizer.save(checkpoint.tokenizer_directory(parts.config.workdir))
+        checkpoint.keep_tokenizer_files(parts.config)
         write_run_record(parts.config, step, sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)))
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error

@@ -59,6 +59,9 @@ def base(tmp_path_factory):
     model = create_model(dataclasses.replace(MODEL, attention=SOFTMAX), nnx.Rngs(7))
     _, parameters = nnx.split(model)
     save_model(directory, nnx.to_pure_dict(parameters), Config(model=model.config), BytesTokenizer())
+    kept = Path(directory) / "tokenizer" / "hugging_face"
+    kept.mkdir()
+    (kept / "chat_template.jinja").write_text("{{ messages }}")
     return directory
 
 
@@ -113,6 +116,11 @@ def test_only_what_is_named_trains_and_the_rest_is_the_base(finished, base):
             np.testing.assert_array_equal(array, before[name].astype(jnp.bfloat16), err_msg=name)
     losses = [line["loss"] for line in read_metrics(metrics_of(finished)) if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_the_tokenizers_files_come_along(finished):
+    kept = Path(finished.workdir) / "tokenizer" / "hugging_face"
+    assert (kept / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def metrics_of(config):
