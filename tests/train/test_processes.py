@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lin_jax.overrides import apply_overrides, load_config
-from lin_jax.train import trainable
+from lin_jax.train import loop, trainable
 from lin_jax.train.metrics import read_metrics
 
 from .stub import Stub
@@ -46,7 +46,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, num_processes=2, process_id=index)
 from lin_jax.overrides import load_config
-from lin_jax.train import trainable
+from lin_jax.train import loop, trainable
 from tests.train.stub import Stub
 
 trainable.create_model = lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
