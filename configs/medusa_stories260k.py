@@ -57,7 +57,7 @@ def get_config(attention: str = "softmax,heads") -> Config:
             packing="segments",
         ),
         optimizer=OptimizerConfig(
-            peak_learning_rate=2e-4 if joint else 3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
+            peak_learning_rate=2e-4 if joint else 5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
         ),
         train=TrainConfig(steps=1000, evaluate_every=250, evaluate_batches=0, log_every=50),
         finetune=FinetuneConfig(

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lin_jax.config import ConfigError, require
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
@@ -28,11 +29,19 @@ def find_tree(name: str) -> Tree:
     )
     try:
         values = json.loads(Path(name).read_text())
-        return tree_from_paths(values["paths"] if isinstance(values, dict) else values)
+        return tree_from_paths(_checked(values.get("paths") if isinstance(values, dict) else values))
     except OSError as error:
         raise ConfigError(f"tree={name} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ConfigError(f"tree={name} holds no paths of a tree: {error}") from error
+
+
+def _checked(paths: Any) -> list[list[int]]:
+    """Raise `ValueError` unless these are lists of whole numbers."""
+    lists = isinstance(paths, list) and all(isinstance(path, list) for path in paths)
+    if not lists or not all(type(rank) is int for path in paths for rank in path):
+        raise ValueError("it must be a list such as [[0], [1], [0, 0]]")
+    return paths
 
 
 def write_tree(file: Path, paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> None:

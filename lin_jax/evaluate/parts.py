@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from lin_jax.decode.draft import from_heads
-from lin_jax.decode.generate import Progress
+from lin_jax.decode.generate import Generator, Progress
 from lin_jax.evaluate.direct import DirectIntegration
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.ops.tree import Tree
@@ -19,25 +19,29 @@ from lin_jax.ops.tree import Tree
 _WARMUP, _REPEATS = 3, 30
 
 
-def time_parts(model: Any, heads: MedusaHeads | None, tree: Tree, progress: Progress) -> dict[str, float]:
-    """Median seconds of attention, feed-forward layers and heads in a step of a batch.
+def time_parts(generator: Generator, heads: MedusaHeads | None, progress: Progress) -> dict[str, float]:
+    """Median seconds of a step of a batch, of its attention, feed-forward layers and heads, and what is left: rest.
 
-    Attention is all that the layers do besides their feed-forward part: projections, norms, and what is kept of a path
-    too. A model without feed-forward layers has 0 there, and so has one without heads.
+    Attention is all that the layers do besides their feed-forward part: projections, norms, and keeping a path. The
+    rest is the model's head, the choice, the acceptance, the text, and a call's overhead; parts that overlap or are
+    fused in a whole step make it smaller. A model without feed-forward layers has 0 there, and so has one without
+    heads.
 
     Args:
-        model: as it decodes, with its layers apart.
-        heads: Medusa heads, if the step uses them.
-        tree: the nodes of the step.
-        progress: of a batch; it must not be used any more.
+        generator: with `block=1`.
+        heads: Medusa heads, if its steps use them.
+        progress: of a batch that does not end soon; it must not be used any more.
     """
+    model, tree = generator.model, generator.tree
     B, C = progress.features_BC.shape
     rows = (B * model.candidates, tree.height) if isinstance(model, DirectIntegration) else (B, tree.nodes)
     x_BMC = jnp.ones((*rows, C), progress.features_BC.dtype)
-    guess = (lambda: None) if heads is None else _guess(heads, tree, progress)
-    feed = _feed(model, x_BMC) if hasattr(model.layers[0], "feed") else (lambda: None)
-    of_heads, of_feed, of_layers = (_median(call) for call in (guess, feed, _layers(model, tree, progress)))
-    return {"attention": of_layers - of_feed, "feed-forward": of_feed, "heads": of_heads}
+    of_heads = 0.0 if heads is None else _median(_guess(heads, tree, progress))
+    of_feed = _median(_feed(model, x_BMC)) if hasattr(model.layers[0], "feed") else 0.0
+    of_layers = _median(_layers(model, tree, jax.tree.map(jnp.copy, progress)))
+    step = _median(_steps(generator, progress))
+    parts = {"attention": of_layers - of_feed, "feed-forward": of_feed, "heads": of_heads}
+    return {**parts, "rest": step - of_layers - of_heads, "step": step}
 
 
 def _median(call: Callable[[], Any]) -> float:
@@ -87,5 +91,16 @@ def _layers(model: Any, tree: Tree, progress: Progress) -> Callable[[], Any]:
         nonlocal state
         state = run(arrays, state)
         return state
+
+    return call
+
+
+def _steps(generator: Generator, progress: Progress) -> Callable[[], Any]:
+    """Whole steps, one a call."""
+
+    def call() -> Any:
+        nonlocal progress
+        progress = generator.advance(progress)
+        return progress
 
     return call

@@ -39,9 +39,8 @@ class Row:
         seconds: of generation, reading the prompts left out.
         state_bytes: of all layers' states of a batch.
         differing: texts that differ from those of plain decoding with the same attention.
-        step_seconds: of one step of a batch.
-        parts: seconds of a step in attention, feed-forward layers and heads, each timed by itself on the same shapes;
-            what is left of `step_seconds` is rest. Empty unless asked for.
+        step_seconds: of one step of a batch, the mean.
+        parts: seconds of a step and of what it is made of, see `time_parts`. Empty unless asked for.
     """
 
     attention: str
@@ -163,9 +162,8 @@ class _Method:
         config = dataclasses.replace(config, draft=_DRAFTS[method])
         self.method, self._heads = method, heads if config.draft == "medusa" else None
         self.generator = Generator(model, config, heads=heads, stop_ids=stop_ids)
-        self._tree = self.generator.tree
         if method == "direct":
-            direct = DirectIntegration(model, self._tree)
+            direct = DirectIntegration(model, self.generator.tree)
             self.generator = Generator(direct, config, heads=heads, stop_ids=stop_ids)
         self.texts: list[np.ndarray] = []
         self._steps, self._passes, self._seconds, self._state_bytes = 0, 0, 0.0, 0
@@ -196,8 +194,6 @@ class _Method:
 
     def row(self, name: str, plain: Sequence[np.ndarray], prompts: Sequence[np.ndarray], split: bool) -> Row:
         """What came out; with `split` the parts of a step are timed, on a batch of `prompts`."""
-        generator = self.generator
-        start = self._start(prompts[: generator.config.batch_size]) if split else None
         return Row(
             attention=name,
             method=self.method,
@@ -207,8 +203,16 @@ class _Method:
             state_bytes=self._state_bytes,
             differing=sum(not np.array_equal(a, b) for a, b in zip(self.texts, plain, strict=True)),
             step_seconds=self._seconds / self._passes,
-            parts={} if start is None else time_parts(generator.model, self._heads, self._tree, start),
+            parts=self._parts(prompts) if split else {},
         )
+
+    def _parts(self, prompts: Sequence[np.ndarray]) -> dict[str, float]:
+        """Of a generator that does not stop before all is timed."""
+        config = dataclasses.replace(self.generator.config, block=1)
+        generator = Generator(self.generator.model, config, heads=self._heads)
+        progress = self._start(prompts[: config.batch_size])
+        endless = dataclasses.replace(progress, left_B=jnp.full_like(progress.left_B, 1 << 30))
+        return time_parts(generator, self._heads, endless)
 
 
 def with_attention(model: Any, name: str) -> Any:
@@ -248,8 +252,8 @@ def _parts_table(rows: Sequence[Row]) -> list[str]:
     timed = [row for row in rows if row.parts]
     if not timed:
         return []
-    lines = ["", f"| ms of a step | method | {' | '.join(timed[0].parts)} | rest |", "|---" * 6 + "|"]
+    lines = ["", f"| ms of a step | method | {' | '.join(timed[0].parts)} |", "|---" * (2 + len(timed[0].parts)) + "|"]
     for row in timed:
-        seconds = [*row.parts.values(), row.step_seconds - sum(row.parts.values())]
-        lines.append(f"| {row.attention} | {row.method} | {' | '.join(f'{1e3 * s:.2f}' for s in seconds)} |")
+        cells = (f"{1e3 * seconds:.2f}" for seconds in row.parts.values())
+        lines.append(f"| {row.attention} | {row.method} | {' | '.join(cells)} |")
     return lines
