@@ -435,6 +435,25 @@ class LoraConfig:
         require(bool(self.targets) or self.rank == 0, "targets is empty: name projections, or set rank to 0")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MedusaConfig:
+    """Medusa heads (Cai et al., 2024), which guess the tokens after the next one."""
+
+    heads: int = setting(4, "heads; head i, counted from 1, guesses the token i places after the next one")
+    layers: int = setting(1, "residual blocks in a head")
+    weight: float = setting(
+        0.2, "weight of the heads' loss beside that of the next token, where the model trains with the heads"
+    )
+    tree_nodes: int = setting(
+        64, "nodes, the root included, of the tree that is chosen from the heads' accuracies, WORKDIR/tree.json"
+    )
+
+    def __post_init__(self):
+        _require_positive(self, "heads", "weight")
+        _require_at_least_zero(self, "layers")
+        require(self.tree_nodes >= 2, f"tree_nodes must be 2 or more (the root and a guess), but is {self.tree_nodes}")
+
+
 TrainedGroup = Literal["all", "new", "norm", "embedding", "attention", "feed_forward", "head"]
 
 
@@ -452,14 +471,24 @@ class FinetuneConfig:
     )
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
     frozen_dtype: Literal["float32", "bfloat16"] = setting("float32", "type in which frozen parameters are held")
-    objective: Literal["language_model", "attention_transfer"] = setting(
+    objective: Literal["language_model", "attention_transfer", "medusa"] = setting(
         "language_model",
         "language_model: predict the next token; attention_transfer: every linearized layer learns to give the output "
-        "of the softmax attention that it replaces, which goes on to the next layer (mean squared error)",
+        "of the softmax attention that it replaces, which goes on to the next layer (mean squared error); medusa: "
+        "Medusa heads learn to guess the tokens after the next one, alone (Medusa-1: train is empty) or with what else "
+        "trains (Medusa-2)",
     )
+    medusa: MedusaConfig = section(MedusaConfig, "objective=medusa: the heads")
 
     def __post_init__(self):
-        require(bool(self.train) or self.lora.rank > 0, "train is empty and there are no adapters: nothing to train")
+        require(
+            self.trains_model or self.objective == "medusa",
+            "train is empty and there are no adapters: nothing to train",
+        )
+        require(
+            self.objective == "medusa" or self.medusa == MedusaConfig(),
+            f"medusa has settings of Medusa heads, but objective={self.objective} trains none: give objective=medusa",
+        )
         require(
             self.lora.rank == 0 or "all" not in self.train,
             "train=all leaves nothing for adapters: say what trains besides them, such as new,norm,embedding",
@@ -473,6 +502,11 @@ class FinetuneConfig:
         if not self.checkpoint:
             plain = self.train == ("all",) and self.lora.rank == 0 and self.objective == "language_model"
             require(plain, "checkpoint is empty, but random parameters must all train: give the run to start from")
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether anything of the model itself trains, or adapters do."""
+        return bool(self.train) or self.lora.rank > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -537,7 +571,11 @@ class GenerateConfig:
         "what guesses tokens that the model then verifies in one step: none; lookup: what followed the last tokens "
         "where they occurred before; medusa: the model's Medusa heads",
     )
-    tree: str = setting("mc_sim_7b_63", "draft=medusa: the tree of guesses, a name of lin_jax.ops.tree.TREES")
+    tree: str = setting(
+        "mc_sim_7b_63",
+        "draft=medusa: the tree of guesses: a published one (mc_sim_7b_63, vicuna_7b_stage2), or a .json file with a "
+        "list of paths, such as the tree.json that a run of heads writes",
+    )
     lookup_tokens: int = setting(7, "draft=lookup: tokens that are guessed at a time")
     lookup_match: int = setting(3, "draft=lookup: most tokens that are compared to find where they occurred")
     acceptance: Literal["exact", "typical"] = setting(
@@ -560,18 +598,6 @@ class GenerateConfig:
             self.acceptance == "exact" or self.sampling.temperature > 0,
             "acceptance=typical compares probabilities, which temperature=0 does not have: give a temperature",
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MedusaConfig:
-    """Medusa heads, which guess the tokens after the next one."""
-
-    heads: int = setting(4, "heads; head i guesses the token i + 1 places after the next one, from i = 0 on")
-    layers: int = setting(1, "residual blocks in a head")
-
-    def __post_init__(self):
-        _require_positive(self, "heads")
-        _require_at_least_zero(self, "layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import numpy as np
 from lin_jax.config import ConfigError, require
 from lin_jax.convert.hub import TOKENIZER_FILES
 from lin_jax.convert.hugging_face import Weights, write_hugging_face
+from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.train.checkpoint import KEPT_TOKENIZER, save_model, tokenizer_directory
@@ -60,6 +61,7 @@ def write_run(directory: Path, source: Source, weights: Weights, target: Path) -
     kept = Path(tokenizer_directory(str(directory))) / KEPT_TOKENIZER
     kept.mkdir()
     _copy_tokenizer(source.tokenizer_files, kept)
+    _write_heads(directory, source)
 
 
 def write_transformers(directory: Path, source: Source, weights: Weights, dtype: str | None) -> None:
@@ -69,6 +71,12 @@ def write_transformers(directory: Path, source: Source, weights: Weights, dtype:
     write_hugging_face(directory, weights, dtype, tokens)
     _copy_tokenizer(source.tokenizer_files, directory)
     _name_special_tokens(directory, source.tokenizer)
+    _write_heads(directory, source)
+
+
+def _write_heads(directory: Path, source: Source) -> None:
+    if source.heads is not None:
+        write_heads(directory, source.heads)
 
 
 def _name_special_tokens(directory: Path, tokenizer: Tokenizer) -> None:

@@ -8,10 +8,8 @@ from typing import Any, Literal
 from lin_jax.config import MeshConfig, require
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target
-from lin_jax.convert.medusa import find_heads, read_heads
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.models.medusa import check_heads
 from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 from lin_jax.train.sharding import make_mesh
 
@@ -19,7 +17,8 @@ from lin_jax.train.sharding import make_mesh
 def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] | None = None) -> tuple[Any, Tokenizer]:
     """The model and the tokenizer of a run of lin_jax, a Hugging Face directory, or a name on the Hugging Face Hub.
 
-    Adapters are merged. Medusa heads beside them (medusa_lm_head.safetensors or .pt) become `model.medusa`.
+    Adapters are merged. Medusa heads, of the run or beside the model (medusa_lm_head.safetensors or .pt), become
+    `model.medusa`.
 
     Args:
         path: what is to be read.
@@ -29,15 +28,12 @@ def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] 
         ConfigError: there is no model, or its parts do not fit together.
     """
     require(dtype in (None, "float32", "bfloat16"), f"dtype must be float32 or bfloat16, but is {dtype}")
-    directory = local_path(os.path.expanduser(path))
-    source = read_source(Input(str(directory)), Target(make_mesh(MeshConfig()), dtype))
+    source = read_source(Input(os.path.expanduser(path)), Target(make_mesh(MeshConfig()), dtype))
     weights = source.weights
     if dtype is not None:
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, dtype=dtype))
-    model, heads = weights.model(), find_heads(directory)
-    if heads is not None:
-        model.medusa = read_heads(heads)
-        check_heads(model.medusa, model)
+    model = weights.model()
+    model.medusa = source.heads
     return model, source.tokenizer
 
 

@@ -69,5 +69,5 @@ def _table(layers: int) -> list[Entry]:
 
 def _find(module: Any, path: str) -> Any:
     for name in path.split("."):
-        module = module[int(name)] if name.isdigit() else getattr(module, name)
+        module = module[name] if name.isdigit() else getattr(module, name)
     return module

@@ -9,9 +9,11 @@ from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, read_tensors
 from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
+from lin_jax.convert.medusa import find_heads, read_heads
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.overrides import apply_overrides
 from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, load_model, tokenizer_directory
 
@@ -42,12 +44,14 @@ class Source:
         config: all settings of the run; for another source, those with which it is evaluated.
         tokenizer: of the model.
         tokenizer_files: a directory with the tokenizer's files in Hugging Face's form.
+        heads: the model's Medusa heads, or None.
     """
 
     weights: Weights
     config: Config
     tokenizer: Tokenizer
     tokenizer_files: Path
+    heads: MedusaHeads | None = None
 
 
 def read_source(given: Input, target: Target) -> Source:
@@ -64,7 +68,8 @@ def read_source(given: Input, target: Target) -> Source:
         return _read_run(path, given, target)
     if (path / "config.json").is_file():
         weights = read_hugging_face(path, given.adapter, target)
-        return _source(weights, *_tokenizer_of(path, given.tokenizer or str(path)))
+        source = _source(weights, *_tokenizer_of(path, given.tokenizer or str(path)))
+        return dataclasses.replace(source, heads=_heads_beside(path, weights.config))
     require(given.adapter is None, f"--adapter is for models in Hugging Face's form, but {path} has no config.json")
     weights = _read_llama2c(path, target) if path.is_file() and is_llama2c(path) else _read_flash(path, given, target)
     require(given.tokenizer is not None, f"{path} has no tokenizer: give --tokenizer DIR")
@@ -74,6 +79,8 @@ def read_source(given: Input, target: Target) -> Source:
 def _read_run(path: Path, given: Input, target: Target) -> Source:
     model, tokenizer, config = load_model(str(path), target.mesh)
     merge_lora(model)
+    heads = _heads_beside(path, config.model) if model.medusa is None else model.medusa
+    model.medusa = None
     arrays = parameters_by_path(model)
     del model  # It holds them too.
     for name, array in arrays.items():
@@ -84,7 +91,17 @@ def _read_run(path: Path, given: Input, target: Target) -> Source:
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))
-    return Source(weights, _on_its_own(config, str(files)), tokenizer, files)
+    return Source(weights, _on_its_own(config, str(files)), tokenizer, files, heads)
+
+
+def _heads_beside(directory: Path, config: ModelConfig) -> MedusaHeads | None:
+    """The Medusa heads in a file beside a model."""
+    file = find_heads(directory)
+    if file is None:
+        return None
+    heads = read_heads(file)
+    check_heads(heads, config)
+    return heads
 
 
 def _on_its_own(config: Config, tokenizer: str) -> Config:

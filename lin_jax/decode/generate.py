@@ -15,9 +15,10 @@ from lin_jax.config import GenerateConfig, require
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads, lookup
 from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
+from lin_jax.decode.trees import find_tree
 from lin_jax.models.language_model import LanguageModel, ModelState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
-from lin_jax.ops.tree import TREES, Tree, chain
+from lin_jax.ops.tree import Tree, chain
 
 # Least capacity; see `_rounded`.
 _LEAST = 128
@@ -147,6 +148,11 @@ class Generator:
             state, features_BC = _read_chunk(self._graphs[0], self._arrays[0], state, features_BC, tokens_BT, count_B)
         return state, features_BC
 
+    @property
+    def tree(self) -> Tree:
+        """The tree of guesses; the root alone without a draft."""
+        return self._plan.tree
+
     def advance(self, progress: Progress) -> Progress:
         """Up to `config.block` steps, fewer if all rows end; `progress` must not be used any more."""
         return _advance(self._graphs, self._plan, self._arrays, progress)
@@ -213,9 +219,8 @@ def _tree(model: LanguageModel, config: GenerateConfig, heads: MedusaHeads | Non
     if heads is None:
         require(False, "draft=medusa needs a model with Medusa heads: use draft=lookup or none, or train heads")
     assert heads is not None
-    require(config.tree in TREES, f"unknown tree {config.tree!r}; there are {', '.join(TREES)}")
-    tree, count = TREES[config.tree], heads.config.heads
-    check_heads(heads, model)
+    tree, count = find_tree(config.tree), heads.config.heads
+    check_heads(heads, model.config)
     require(
         tree.height - 1 <= count,
         f"tree={config.tree} is {tree.height - 1} guesses deep, but the model has {count} Medusa heads",

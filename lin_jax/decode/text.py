@@ -43,7 +43,7 @@ class TextGenerator:
             ConfigError: the settings do not fit the model, its heads or its tokenizer.
         """
         self.tokenizer, self.config = tokenizer, config
-        self._ends = frozenset(_stop_ids(tokenizer, config))
+        self._ends = frozenset(stop_ids(tokenizer, config))
         heads = model.medusa if heads is None else heads
         self._generator = Generator(model, config, heads=heads, stop_ids=sorted(self._ends))
 
@@ -154,7 +154,7 @@ def make_config(settings: dict[str, Any]) -> GenerateConfig:
     return GenerateConfig(sampling=sampling, **{name: value for name, value in settings.items() if name in names})
 
 
-def _stop_ids(tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[int]:
+def stop_ids(tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[int]:
     """The tokens that end a text: a document's end, the beginning of another, and those of the settings."""
     yield tokenizer.end_id
     if tokenizer.begin_id is not None:

@@ -26,6 +26,7 @@ from lin_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, re
 from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
 from lin_jax.layers.lora import ADAPTER, merge_lora
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.models.medusa import HEADS
 from lin_jax.overrides import config_from_dict, config_to_dict
 from lin_jax.train.sharding import make_mesh, replicated
 from lin_jax.train.state import Structure, TrainState, initial_state
@@ -53,6 +54,7 @@ FREE_SETTINGS = (
     "model.dtype",
     "model.remat",
     "model.attention.implementation",
+    "finetune.medusa.tree_nodes",
     "finetune.checkpoint",  # It may be moved; what is frozen must have the same checksums.
     "train.steps",
     "train.microbatches",
@@ -344,7 +346,8 @@ def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
 def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax.Array]:
     """The parameters of `config.finetune.checkpoint`, adapters merged, by path joined by dots.
 
-    Parameters of linearized attention may be missing or left over; those that are left over are left out.
+    Parameters of linearized attention and of Medusa heads may be missing or left over; those that are left over are
+    left out.
 
     Raises:
         ConfigError: it cannot be read, or is of another model than `config.model`.
@@ -376,8 +379,9 @@ def check_base(path: str) -> None:
 
 
 def _is_new(name: str) -> bool:
-    """Whether a parameter is one of linearized attention or of an adapter."""
-    return name.rpartition(".")[2] in NEW or ADAPTER in name.split(".")
+    """Whether a parameter is one of linearized attention, of an adapter or of Medusa heads."""
+    parts = name.split(".")
+    return parts[-1] in NEW or ADAPTER in parts or parts[0] == HEADS
 
 
 def _require_same_model(base: Config, config: Config) -> None:
@@ -388,6 +392,19 @@ def _require_same_model(base: Config, config: Config) -> None:
             name in _FREE_OF_BASE or old.get(name) == value,
             f"config.model.{name} is {value}, but the model in finetune.checkpoint={config.finetune.checkpoint} has "
             f"{old.get(name)}",
+        )
+    if config.finetune.objective == "medusa":
+        _require_same_attention(old["attention"], new["attention"], config.finetune.checkpoint)
+
+
+def _require_same_attention(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
+    """Raise `ConfigError` where heads would learn from features that the model does not have."""
+    # Softmax attention has no settings of its own.
+    for name, value in ({"kind": "softmax"} if new["kind"] == "softmax" else new).items():
+        require(
+            name == "implementation" or old.get(name) == value,
+            f"config.model.attention.{name} is {value}, but the model in finetune.checkpoint={path} has "
+            f"{old.get(name)}, which objective=medusa must not change",
         )
 
 

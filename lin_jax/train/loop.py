@@ -22,6 +22,7 @@ from lin_jax.data.pipeline import training_batches, validation_batches, validati
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import checkpoint, sharding
+from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.record import write_run_record
@@ -34,6 +35,8 @@ from lin_jax.train.transfer import transfer_loss
 Report = Callable[[str], None]
 
 BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+# What is learned, by `finetune.objective`.
+_LOSSES = {"language_model": language_model_loss, "attention_transfer": transfer_loss, "medusa": medusa_loss}
 # A trace of these steps after a start: compilation is over, and the file stays small.
 _PROFILED_STEPS = (3, 6)
 
@@ -63,9 +66,12 @@ class Parts:
     @property
     def loss_settings(self) -> LossSettings:
         """How a batch becomes a loss."""
-        config = self.config
+        config, finetune = self.config, self.config.finetune
         return LossSettings(
-            config.train.loss_chunk, config.optimizer.z_loss, use_segments=config.data.packing == "segments"
+            config.train.loss_chunk,
+            config.optimizer.z_loss,
+            use_segments=config.data.packing == "segments",
+            heads_weight=finetune.medusa.weight if finetune.trains_model else None,
         )
 
 
@@ -80,10 +86,8 @@ def make_parts(config: Config, mesh: Mesh) -> Parts:
 def make_step(parts: Parts) -> Any:
     """The jitted update of a run."""
     config = parts.config
-    # The objective says what is learned.
-    make_loss = transfer_loss if config.finetune.objective == "attention_transfer" else language_model_loss
     return make_train_step(
-        make_loss(parts.structure, parts.loss_settings, parts.mesh),
+        _LOSSES[config.finetune.objective](parts.structure, parts.loss_settings, parts.mesh),
         parts.optimizer,
         learning_rate_schedule(config.optimizer, config.train.steps),
         config.train.microbatches,
@@ -280,7 +284,8 @@ class _Run:
     def _save(self, step: int, state: TrainState, iterator: Iterator) -> None:
         self._flush()
         validation = self._log.validation_at(step)
-        self._saver.save(step, state, iterator, validation["validation_loss"] if validation else None)
+        loss = validation.get("objective", validation["validation_loss"]) if validation else None
+        self._saver.save(step, state, iterator, loss)
         self._log.restart_clock()
 
     def _validate(self, step: int, state: TrainState) -> Mapping[str, float]:
@@ -298,7 +303,8 @@ class _Run:
         config, tokenizer = self._parts.config, self._tokenizer
         if self._evaluate_batch is None:
             parts, settings = self._parts, dataclasses.replace(self._parts.loss_settings, z_loss=0.0)
-            loss = language_model_loss(parts.structure, settings, parts.mesh)
+            make_loss = medusa_evaluation if self._has_heads else language_model_loss
+            loss = make_loss(parts.structure, settings, parts.mesh)
             self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.mesh)
             self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
         sums = []
@@ -309,7 +315,13 @@ class _Run:
         fetched = jax.device_get(sums)
         nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
         assert self._bytes_per_token is not None
-        return validation_values(float(nll), float(weight), float(weight) * self._bytes_per_token)
+        values = validation_values(float(nll), float(weight), float(weight) * self._bytes_per_token)
+        return values | head_values(fetched) if self._has_heads else values
+
+    @property
+    def _has_heads(self) -> bool:
+        """Whether this run trains Medusa heads."""
+        return self._parts.config.finetune.objective == "medusa"
 
     def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return sharding.global_batch({name: batch[name] for name in BATCH_TYPES}, self._batch_sharding)
@@ -350,8 +362,10 @@ class _Run:
         if jax.process_index() == 0:
             try:
                 draw_learning_curve(self._workdir)
+                if validation is not None and self._has_heads:
+                    self._log.message(write_best_tree(self._workdir, self._parts.config.finetune.medusa, validation))
             except OSError as error:
-                self._log.message(f"warning: the learning curve cannot be drawn ({error.strerror or error})")
+                self._log.message(f"warning: {self._workdir} cannot be written to ({error.strerror or error})")
         require(self._saver.complete, f"the checkpoint of step {step} could not be saved; free space and run again")
         return Result(step, interrupted, validation)
 
@@ -367,11 +381,12 @@ def validation_values(nll: float, tokens: float, byte_count: float) -> dict[str,
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """One line for `validation_values`."""
-    return (
+    """One line for `validation_values`, and for `head_values` where they are there too."""
+    line = (
         f"validation loss {values['validation_loss']:.4f}, perplexity {values['perplexity']:.3f}, "
         f"bits-per-byte {values['bits_per_byte']:.4f}"
     )
+    return f"{line}, {describe_heads(values)}" if "objective" in values else line
 
 
 def _memory(compiled: Any) -> str:

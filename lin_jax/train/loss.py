@@ -54,12 +54,12 @@ def chunked_loss(
         z_sum = z_loss * jnp.sum(jnp.square(denominator) * weights)
         return LossSums(sums.loss + nll_sum + z_sum, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None
 
-    parts = tuple(_split(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
+    parts = tuple(split_positions(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, LossSums(zero, zero, zero), parts)[0]
 
 
-def _split(array: Array, chunk: int) -> Array:
+def split_positions(array: Array, chunk: int) -> Array:
     """[B, T, ...] -> [parts, B, t, ...] with t at most `chunk`; the end is filled with zeros, which weigh nothing."""
     batch, length = array.shape[:2]
     parts = -(-length // chunk)

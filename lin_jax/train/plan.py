@@ -36,6 +36,7 @@ def plan(config: Config) -> str:
     compiled = make_step(parts).lower(state, batch).compile()
     analysis = compiled.memory_analysis()
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
+    needs_layers = config.finetune.trains_model  # Heads alone send nothing back into the model.
     rows = [
         ("parameters", f"{_count(shapes):,}"),
         ("trained", f"{_count(state.parameters):,}"),
@@ -43,7 +44,7 @@ def plan(config: Config) -> str:
         ("their gradients", _size(state.parameters)),
         ("optimizer state", _size(state.optimizer)),
         ("frozen parameters", _size(state.frozen)),
-        ("layer inputs kept for the backward pass", _layer_inputs(config, mesh)),
+        *([("layer inputs kept for the backward pass", _layer_inputs(config, mesh))] if needs_layers else []),
         ("temporaries of the compiled step", f"{analysis.temp_size_in_bytes:,} bytes a device"),
     ]
     width = max(len(name) for name, _ in rows)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from lin_jax.train.loss import LossSums, chunked_loss
 from lin_jax.train.optimizer import skipped_steps
@@ -34,12 +35,14 @@ class StepMetrics(NamedTuple):
 class LossSettings:
     """How a batch becomes a loss.
 
-    `use_segments` is False where rows are single sequences, which lets the model leave out masks.
+    `use_segments` is False where rows are single sequences, which lets the model leave out masks. `heads_weight` is
+    that of the loss of Medusa heads beside the next token's; None where they train alone.
     """
 
     loss_chunk: int
     z_loss: float
     use_segments: bool
+    heads_weight: float | None = None
 
 
 def language_model_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Loss:
@@ -47,13 +50,28 @@ def language_model_loss(structure: Structure, settings: LossSettings, mesh: Mesh
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
         model = structure.merge(structure.gather(structure.join(trained, frozen), mesh), constants)
-        hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
-        hidden_BTC = jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
-        chunk = max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
-        targets, weights = batch["targets"], batch["weights"]
-        return chunked_loss(model.head, hidden_BTC, targets, weights, chunk=chunk, z_loss=settings.z_loss)
+        return next_token_loss(model, features_of(model, batch, settings, mesh), batch, settings, mesh)
 
     return loss
+
+
+def features_of(model: Any, batch: Batch, settings: LossSettings, mesh: Mesh) -> Float[Array, "B T C"]:
+    """What the model's head reads of a batch."""
+    hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
+    return jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
+
+
+def next_token_loss(
+    model: Any, hidden_BTC: Float[Array, "B T C"], batch: Batch, settings: LossSettings, mesh: Mesh
+) -> LossSums:
+    """Cross-entropy of the next tokens, of what `features_of` gives."""
+    chunk = loss_chunk(batch, settings, mesh)
+    return chunked_loss(model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss)
+
+
+def loss_chunk(batch: Batch, settings: LossSettings, mesh: Mesh) -> int:
+    """Tokens of a row whose logits are in memory at a time."""
+    return max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
 
 
 def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:

@@ -1,4 +1,4 @@
-"""Which parameters of a model train, and the model that a run trains: with its adapters, frozen parts apart."""
+"""Which parameters train, and the model that a run trains: with its adapters and heads, frozen parts apart."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from flax import nnx
 
 from lin_jax.config import Config, FinetuneConfig
 from lin_jax.layers.lora import ADAPTER, add_lora
+from lin_jax.models.medusa import HEADS, MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.train.state import Path, Structure, make_structure
 
@@ -26,8 +27,8 @@ GROUPS: dict[str, Callable[[Path], bool]] = {
 
 
 def trains(finetune: FinetuneConfig, path: Path) -> bool:
-    """Whether the parameter at `path` trains: adapters always do."""
-    return ADAPTER in path or any(GROUPS[group](path) for group in finetune.train)
+    """Whether the parameter at `path` trains: adapters and Medusa heads always do."""
+    return ADAPTER in path or path[0] == HEADS or any(GROUPS[group](path) for group in finetune.train)
 
 
 def structure_of(config: Config) -> Structure:
@@ -36,6 +37,9 @@ def structure_of(config: Config) -> Structure:
     def create(rngs: nnx.Rngs) -> nnx.Module:
         model = create_model(config.model, rngs)
         add_lora(model, config.finetune.lora, rngs)
+        if config.finetune.objective == "medusa":
+            shape = (config.model.width, config.model.vocabulary_size)
+            model.medusa = MedusaHeads(config.finetune.medusa, *shape, rngs=rngs)
         return model
 
     return make_structure(

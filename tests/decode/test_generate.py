@@ -14,7 +14,7 @@ from lin_jax.config import AttentionConfig, ConfigError, GenerateConfig, MedusaC
 from lin_jax.convert.medusa import read_heads, write_heads
 from lin_jax.decode.generate import Generator, generate_tokens
 from lin_jax.decode.text import TextGenerator
-from lin_jax.models.medusa import MedusaHeads, medusa_loss, start_heads
+from lin_jax.models.medusa import MedusaHeads, start_heads
 from lin_jax.models.registry import create_model
 from tests.golden import ROOT
 
@@ -180,25 +180,6 @@ def test_new_heads_say_what_the_model_says_and_are_read_back(stories, heads, tmp
     np.testing.assert_array_equal(read_heads(tmp_path / "medusa_lm_head.safetensors")(x), heads(x))
     with pytest.raises(ConfigError, match="no Medusa heads"):
         read_heads(tmp_path / "nothing.pt")
-
-
-def test_the_loss_of_heads_is_of_the_tokens_they_guess():
-    rng = np.random.default_rng(0)
-    tokens, weights = rng.integers(0, 5, (2, 6)), np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.float32)
-    logits = rng.standard_normal((2, 6, 2, 5)).astype(np.float32)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    means = []
-    for k in (1, 2):
-        losses = [
-            -log_p[b, t, k - 1, tokens[b, t + k + 1]]
-            for b in range(2)
-            for t in range(6 - k - 1)
-            if weights[b, t + k + 1]
-        ]
-        means.append(np.mean(losses))
-    loss, of_heads = medusa_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(weights))
-    np.testing.assert_allclose(of_heads, means, rtol=1e-5)
-    np.testing.assert_allclose(loss, 0.8 * means[0] + 0.64 * means[1], rtol=1e-5)
 
 
 def test_the_package_is_light_until_it_is_used():

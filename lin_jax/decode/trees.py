@@ -1,0 +1,80 @@
+"""Which tree of guesses to verify: a published one, one in a file, or the best for measured heads."""
+
+import heapq
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lin_jax.config import ConfigError, require
+from lin_jax.ops.tree import TREES, Tree, tree_from_paths
+
+# A path is the rank of the guess at each depth, below the root.
+TreePath = tuple[int, ...]
+
+
+def find_tree(name: str) -> Tree:
+    """The tree of a setting: a published one, or that of a .json file.
+
+    The file holds a list of paths such as [[0], [1], [0, 0]], alone or under "paths".
+
+    Raises:
+        ConfigError: there is none, or the paths make no tree.
+    """
+    if name in TREES:
+        return TREES[name]
+    require(
+        name.endswith(".json"), f"unknown tree {name!r}; there are {', '.join(TREES)}, or a .json file with its paths"
+    )
+    try:
+        values = json.loads(Path(name).read_text())
+        return tree_from_paths(_checked(values.get("paths") if isinstance(values, dict) else values))
+    except OSError as error:
+        raise ConfigError(f"tree={name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"tree={name} holds no paths of a tree: {error}") from error
+
+
+def _checked(paths: Any) -> list[list[int]]:
+    """Raise `ValueError` unless these are lists of whole numbers."""
+    lists = isinstance(paths, list) and all(isinstance(path, list) for path in paths)
+    if not lists or not all(type(rank) is int for path in paths for rank in path):
+        raise ValueError("it must be a list such as [[0], [1], [0, 0]]")
+    return paths
+
+
+def write_tree(file: Path, paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> None:
+    """Write a tree for `find_tree`, with the accuracies it was chosen from."""
+    values = {"paths": [list(path) for path in paths], "accuracy": [list(row) for row in accuracy]}
+    file.write_text(json.dumps(values) + "\n")
+
+
+def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[TreePath]:
+    """The tree that keeps most tokens a step, if heads are right independently of each other (Cai et al., 2024).
+
+    A node is accepted with the product of the accuracies on its path, which is no more than its parent's; so the
+    likeliest nodes make a tree.
+
+    Args:
+        accuracy: row k, column r: how often the guess of rank r of head k is right.
+        nodes: at most so many, the root included.
+
+    Returns:
+        The paths, likeliest first; guesses that are never right are left out.
+    """
+    chosen: list[TreePath] = []
+    candidates = [(-1.0, ())]
+    while candidates and len(chosen) < nodes:
+        value, path = heapq.heappop(candidates)
+        chosen.append(path)
+        ranks = accuracy[len(path)] if len(path) < len(accuracy) else ()
+        for rank, right in enumerate(ranks):
+            if right > 0:
+                heapq.heappush(candidates, (value * right, (*path, rank)))
+    return chosen[1:]
+
+
+def expected_tokens(accuracy: Sequence[Sequence[float]], paths: Iterable[TreePath]) -> float:
+    """Tokens a step, the root's included, under the same assumption."""
+    return 1 + sum(math.prod(accuracy[depth][rank] for depth, rank in enumerate(path)) for path in paths)

@@ -1,0 +1,71 @@
+"""The tree of a node budget against all trees there are, and trees in files."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lin_jax.config import ConfigError
+from lin_jax.decode.trees import best_paths, expected_tokens, find_tree, write_tree
+from lin_jax.ops.tree import TREES
+
+
+def all_trees(depth, ranks, guesses):
+    """Every set of so many paths that holds each path's beginning."""
+    paths = [path for length in range(1, depth + 1) for path in itertools.product(range(ranks), repeat=length)]
+    for chosen in itertools.combinations(paths, guesses):
+        if all(path[:-1] in chosen or len(path) == 1 for path in chosen):
+            yield chosen
+
+
+def kept(accuracy, paths):
+    """Tokens a step, by going through what every head's right rank may be; rank `ranks` is none of its guesses."""
+    heads, ranks = np.shape(accuracy)
+    likely = [[*row, 1 - sum(row)] for row in accuracy]
+    total = 0.0
+    for right in itertools.product(range(ranks + 1), repeat=heads):
+        length = sum(right[:depth] in paths for depth in range(1, heads + 1))
+        total += math.prod(likely[head][rank] for head, rank in enumerate(right)) * (1 + length)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("guesses", [1, 3, 5])
+def test_no_tree_of_as_many_nodes_keeps_more(seed, guesses):
+    accuracy = np.random.default_rng(seed).dirichlet([1.0] * 3, size=3)[:, :2]
+    paths = best_paths(accuracy.tolist(), guesses + 1)
+    best = max(kept(accuracy, tree) for tree in all_trees(3, 2, guesses))
+    assert len(paths) == guesses
+    np.testing.assert_allclose(kept(accuracy, paths), best, rtol=1e-12)
+    np.testing.assert_allclose(expected_tokens(accuracy.tolist(), paths), best, rtol=1e-12)
+
+
+def test_guesses_that_are_never_right_are_left_out():
+    assert best_paths([[0.5, 0.0], [0.0, 0.0]], 10) == [(0,)]
+
+
+def test_a_tree_is_read_back(tmp_path):
+    accuracy = [[0.6, 0.2], [0.4, 0.1]]
+    paths = best_paths(accuracy, 5)
+    write_tree(tmp_path / "tree.json", paths, accuracy)
+    tree = find_tree(str(tmp_path / "tree.json"))
+    assert tree.nodes == 5 and [tuple(path) for path in paths] == [(0,), (0, 0), (1,), (1, 0)]
+    (tmp_path / "bare.json").write_text(json.dumps([list(path) for path in paths]))
+    assert find_tree(str(tmp_path / "bare.json")) == tree
+    assert find_tree("mc_sim_7b_63") is TREES["mc_sim_7b_63"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("[[0", "holds no paths"), ("[[0], [1, 0]]", "needs the path"), ("{}", "holds no paths")]
+    + [("[1]", "holds no paths"), ('[["a"]]', "holds no paths")],
+)
+def test_a_file_without_a_tree_is_refused_in_one_line(tmp_path, text, message):
+    file = tmp_path / "tree.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        find_tree(str(file))
+    assert "\n" not in str(error.value)
