@@ -18,6 +18,8 @@ from lin_jax.models.medusa import MedusaHeads, start_heads
 from lin_jax.models.registry import create_model
 from tests.golden import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STORIES = ROOT / "../shared/data/stories260k_hf"
 PROMPTS = [
     "Once upon a time",
