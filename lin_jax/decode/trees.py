@@ -64,7 +64,7 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[TreePath
         The paths, likeliest first; guesses that are never right are left out.
     """
     chosen: list[TreePath] = []
-    candidates = [(-1.0, ())]
+    candidates: list[tuple[float, TreePath]] = [(-1.0, ())]
     while candidates and len(chosen) < nodes:
         value, path = heapq.heappop(candidates)
         chosen.append(path)

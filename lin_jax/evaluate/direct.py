@@ -41,7 +41,7 @@ class DirectIntegration(LanguageModel):
 
     def embed(self, tokens_BT: Array, position_BT: Array) -> tuple[Array, tuple[Any, ...]]:
         """As the model."""
-        return cast(tuple[Array, tuple[Any, ...]], self.model.embed(tokens_BT, position_BT))
+        return self.model.embed(tokens_BT, position_BT)
 
     def head(self, x_BTC: Array) -> Array:
         """As the model."""

@@ -81,7 +81,7 @@ def read_prompts(file: Path, tokenizer: Tokenizer, *, limit: int, longest: int, 
     try:
         text = file.read_text()
         texts = _of_lines(text) if file.suffix == ".jsonl" else text.split(separator)
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ConfigError(f"{file} holds no prompts: {error}") from error
     texts = [text.strip() for text in texts if text.strip()][: limit or None]
     require(bool(texts), f"{file} holds no prompts: it is empty")

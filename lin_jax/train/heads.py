@@ -119,7 +119,7 @@ def _hits(heads: MedusaHeads, hidden_BTC: Array, ahead: Ahead, chunk: int) -> Fl
         arrays, (targets_BT, weights_BT) = part
         head = nnx.merge(graph, arrays)
 
-        def add(hits_R: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        def add(hits_R: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
             hidden, targets, weights = part
             _, best = jax.lax.top_k(head(hidden), ranks)
             right = (best == targets[..., None]) * weights[..., None]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -86,16 +87,17 @@ def test_a_state_for_every_candidate_takes_as_many_times_the_memory(rows):
 def test_candidates_apart_have_the_features_of_the_tree(model):
     tree = tree_from_paths(PATHS)
     direct = DirectIntegration(model, tree)
-    tokens = np.random.default_rng(0).integers(0, 257, (2, 6)).astype(np.int32)
-    nodes = np.random.default_rng(1).integers(0, 257, (2, tree.nodes)).astype(np.int32)
-    found = []
-    for of in (model, direct):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (2, 6)), jnp.int32)
+    nodes = jnp.asarray(np.random.default_rng(1).integers(0, 257, (2, tree.nodes)), jnp.int32)
+    path, count = jnp.array([[0, 1, 4, 4], [0, 2, 6, 6]]), jnp.array([3, 1])
+
+    def run(of):
         state = of.forward(tokens, of.empty_state(2, 32))[1]
         x_BMC, pending = of.verify(nodes, tree, state)
-        path, count = np.array([[0, 1, 4, 4], [0, 2, 6, 6]], np.int32), np.array([3, 1], np.int32)
         after = of.commit(state, pending, path, count)
-        found.append((x_BMC, of.verify(nodes, tree, after)[0], after.length_B))
-    for shared, own in zip(*found, strict=True):
+        return x_BMC, of.verify(nodes, tree, after)[0], after.length_B
+
+    for shared, own in zip(jax.jit(lambda: run(model))(), jax.jit(lambda: run(direct))(), strict=True):
         np.testing.assert_allclose(shared, own, atol=1e-4)
 
 
