@@ -26,6 +26,8 @@ from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 STORIES = DATA / "stories260k_hf"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no trained checkpoint at {STORIES}")

@@ -18,6 +18,8 @@ from lin_jax.train.checkpoint import load_model
 from tests.convert.test_convert import GPT2, LLAMA, STORIES, assert_refused, convert, make_directory, needs_stories
 from tests.golden import FIXTURES, Golden
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = np.random.default_rng(1).integers(3, 200, (1, 40))
 SMALL = dataclasses.replace(LLAMA, head_size=4, attention_bias=False)
 FLASH = Golden(FIXTURES / "flash__aug_conv63_laplace_ar_n100.npz")

@@ -17,6 +17,8 @@ from lin_jax.evaluate.perplexity import Perplexity, make_scorer, measure, window
 from lin_jax.models.registry import create_model
 from lin_jax.train.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCABULARY, START = 50, 49
 CONFIG = FlashConfig(
     vocabulary_size=VOCABULARY,

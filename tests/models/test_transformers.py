@@ -16,6 +16,8 @@ from lin_jax.models.flops import training_flops_per_token
 from lin_jax.models.registry import create_model
 from lin_jax.ops.softmax_attention import longlora_attention, softmax_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T, LENGTH = 24, 10
 SEGMENTS = np.array([0, 0, *[3] * LENGTH, *[1] * LENGTH, 0, 0], np.int32)
 SOFTMAX = AttentionConfig(kind="softmax", convolution=0)
