@@ -54,7 +54,7 @@ def medusa_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Los
     """
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        model = structure.merge(structure.gather(structure.join(trained, frozen), mesh), constants)
+        model = structure.model(trained, frozen, constants, mesh)
         hidden_BTC = features_of(model, batch, settings, mesh)
         of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, mesh)
         if settings.heads_weight is None:
@@ -70,7 +70,7 @@ def medusa_evaluation(structure: Structure, settings: LossSettings, mesh: Mesh) 
     """(trained, frozen, constants, batch) -> `HeadSums`."""
 
     def evaluate(trained: Any, frozen: Any, constants: Any, batch: Batch) -> HeadSums:
-        model = structure.merge(structure.gather(structure.join(trained, frozen), mesh), constants)
+        model = structure.model(trained, frozen, constants, mesh)
         hidden_BTC = features_of(model, batch, settings, mesh)
         own = next_token_loss(model, hidden_BTC, batch, settings, mesh)
         of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, mesh)

@@ -34,7 +34,7 @@ from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
 
-BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+_BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
 # What is learned, by `finetune.objective`.
 _LOSSES = {"language_model": language_model_loss, "attention_transfer": transfer_loss, "medusa": medusa_loss}
 # A trace of these steps after a start: compilation is over, and the file stays small.
@@ -94,6 +94,13 @@ def make_step(parts: Parts) -> Any:
         parts.shardings,
         parts.mesh,
     )
+
+
+def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of what `make_step` reads."""
+    data, cut = parts.config.data, sharding.batch_sharding(parts.mesh)
+    shape = (data.batch_size, data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in _BATCH_TYPES.items()}
 
 
 def train(config: Config, report: Report = print) -> Result:
@@ -324,17 +331,13 @@ class _Run:
         return self._parts.config.finetune.objective == "medusa"
 
     def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.global_batch({name: batch[name] for name in BATCH_TYPES}, self._batch_sharding)
+        return sharding.global_batch({name: batch[name] for name in _BATCH_TYPES}, self._batch_sharding)
 
     def _compile(self, state: TrainState) -> Any:
         """The training step, compiled ahead, which tells its memory."""
-        config, parts = self._parts.config, self._parts
-        shape = (config.data.batch_size, config.data.sequence_length)
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, kind, sharding=self._batch_sharding) for name, kind in BATCH_TYPES.items()
-        }
+        parts = self._parts
         begin = time.perf_counter()
-        compiled = make_step(parts).lower(state, batch).compile()
+        compiled = make_step(parts).lower(state, abstract_batch(parts)).compile()
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         seconds = time.perf_counter() - begin
         self._log.message(

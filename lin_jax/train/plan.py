@@ -10,7 +10,7 @@ import numpy as np
 from lin_jax.config import Config
 from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import sharding
-from lin_jax.train.loop import BATCH_TYPES, make_parts, make_step
+from lin_jax.train.loop import abstract_batch, make_parts, make_step
 from lin_jax.train.state import abstract_state
 
 
@@ -30,10 +30,7 @@ def plan(config: Config) -> str:
     sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
     parts = make_parts(config, mesh)
     state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    shape = (config.data.batch_size, config.data.sequence_length)
-    cut = sharding.batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in BATCH_TYPES.items()}
-    compiled = make_step(parts).lower(state, batch).compile()
+    compiled = make_step(parts).lower(state, abstract_batch(parts)).compile()
     analysis = compiled.memory_analysis()
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
     needs_layers = config.finetune.trains_model  # Heads alone send nothing back into the model.
@@ -48,7 +45,7 @@ def plan(config: Config) -> str:
         ("temporaries of the compiled step", f"{analysis.temp_size_in_bytes:,} bytes a device"),
     ]
     width = max(len(name) for name, _ in rows)
-    tokens = math.prod(shape)
+    tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops_per_token(config.model, config.data.sequence_length) * tokens
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
     told = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lin_jax.config import ConfigError, MeshConfig, require
+from lin_jax.config import MeshConfig, require
 
 # Logical axis -> mesh axes that cut it, in order.
 MESH_AXES: dict[str, tuple[str, ...]] = {
@@ -97,14 +97,6 @@ def _cut(mesh: Mesh, name: str | None, size: int, used: set[str]) -> tuple[str, 
 def global_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's rows of a batch, [b, T] each, as parts of arrays over all devices of all processes."""
     return {key: jax.make_array_from_process_local_data(sharding, rows) for key, rows in batch.items()}
-
-
-def local_batch_size(batch_size: int) -> int:
-    """Rows that this process reads of a batch; raises `ConfigError` where processes would differ."""
-    count = jax.process_count()
-    if batch_size % count:
-        raise ConfigError(f"data.batch_size={batch_size} is not divisible by {count} processes")
-    return batch_size // count
 
 
 def show_sharding(shapes: Any, shardings: Any) -> str:

@@ -110,6 +110,10 @@ class Structure:
             lambda array, keep: array if keep else jax.lax.with_sharding_constraint(array, whole), parameters, stacked
         )
 
+    def model(self, trained: Any, frozen: Any, constants: Any, mesh: Mesh) -> Any:
+        """The module of a step: `merge` of all parameters, gathered."""
+        return self.merge(self.gather(self.join(trained, frozen), mesh), constants)
+
     def _map_parameters(self, function: Callable[[nnx.Variable], Any]) -> Any:
         flat = nnx.to_flat_state(self.abstract_parameters)
         return nnx.traversals.unflatten_mapping({path: function(variable) for path, variable in flat})

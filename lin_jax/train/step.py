@@ -49,7 +49,7 @@ def language_model_loss(structure: Structure, settings: LossSettings, mesh: Mesh
     """Cross-entropy of the next tokens; a batch holds tokens, targets, weights and segment ids, [B, T] each."""
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        model = structure.merge(structure.gather(structure.join(trained, frozen), mesh), constants)
+        model = structure.model(trained, frozen, constants, mesh)
         return next_token_loss(model, features_of(model, batch, settings, mesh), batch, settings, mesh)
 
     return loss

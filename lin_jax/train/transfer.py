@@ -28,10 +28,8 @@ def transfer_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> L
     """
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        student, teacher = (
-            structure.merge(structure.gather(parameters, mesh), constants)
-            for parameters in (structure.join(trained, frozen), frozen)
-        )
+        student = structure.model(trained, frozen, constants, mesh)
+        teacher = structure.model({}, frozen, constants, mesh)
         error_BT = attention_errors(
             student, teacher, batch["tokens"], batch["segment_ids"] if settings.use_segments else None
         )
