@@ -163,17 +163,19 @@ class Generator:
         samples: Sequence[int],
         *,
         rows: int | None = None,
-        ends: Callable[[np.ndarray], bool] = lambda tokens: False,
+        ends: Callable[[int, np.ndarray], bool] = lambda row, tokens: False,
     ) -> Iterator[list[Generated]]:
         """What was generated so far, after every block of steps, until all rows have ended; see `start`.
 
-        `ends` is asked after every block whether what a row generated ends it for a reason that the model cannot see.
+        `ends` is asked after every block whether what a row (by its number) generated ends it for a reason that the
+        model cannot see.
         """
         lengths = [len(prompt) for prompt in prompts]
         progress, done = self.start(prompts, samples, rows), False
         while not done:
             progress = self.advance(progress)
-            found = [row._replace(done=row.done or ends(row.tokens)) for row in read_rows(progress, lengths)]
+            rows_now = enumerate(read_rows(progress, lengths))
+            found = [row._replace(done=row.done or ends(number, row.tokens)) for number, row in rows_now]
             done = all(row.done for row in found)
             done_B = np.ones(len(progress.done_B), bool)
             done_B[: len(found)] = [row.done for row in found]
