@@ -18,7 +18,7 @@ from lin_jax.config import ABLATIONS, ConfigError, GenerateConfig, MeshConfig
 from lin_jax.evaluate.perplexity import evaluate_run
 from lin_jax.evaluate.speculative import METHODS, compare_attentions, read_prompts, table
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train.saved_model import load_model
 
 
 def make_parser() -> argparse.ArgumentParser:
