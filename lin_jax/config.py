@@ -15,6 +15,11 @@ class ConfigError(ValueError):
     """A setting or an input that the user has to change; its message is one line that names it and says how."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, for messages that hold it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def setting(default: Any, doc: str) -> Any:
     """A dataclass field with its documentation, which `--help` prints."""
     return dataclasses.field(default=default, metadata={"doc": doc})

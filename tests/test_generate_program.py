@@ -32,7 +32,8 @@ from lin_jax.decode.stream import settled, stream_texts
 from lin_jax.decode.text import Continuation, TextGenerator, make_config
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
-from lin_jax.train.checkpoint import save_model, tokenizer_directory
+from lin_jax.train.saved_model import save_model
+from lin_jax.train.workdir import tokenizer_directory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,8 +10,8 @@ from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 from lin_jax.train.sharding import make_mesh
+from lin_jax.train.workdir import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 
 
 def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] | None = None) -> tuple[Any, Tokenizer]:

@@ -15,7 +15,8 @@ from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, load_model, tokenizer_directory
+from lin_jax.train.saved_model import load_model
+from lin_jax.train.workdir import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 
 
 @dataclasses.dataclass(frozen=True)

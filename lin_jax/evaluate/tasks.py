@@ -10,7 +10,7 @@ from lin_jax.convert.load import load
 from lin_jax.evaluate.perplexity import evaluate_run
 from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train.saved_model import load_model
 
 Outcome = tuple[str, dict[str, Any]]
 

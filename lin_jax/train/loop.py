@@ -21,11 +21,13 @@ from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.models.flops import training_flops_per_token
-from lin_jax.train import checkpoint, sharding
+from lin_jax.train import checkpoint, sharding, workdir
+from lin_jax.train.base import check_base
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.record import write_run_record
+from lin_jax.train.saved_model import load_base
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
@@ -191,10 +193,10 @@ def _prepare(config: Config, mesh: Mesh) -> tuple[bool, Tokenizer]:
 def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
     """The tokenizer of the run that goes on; of a new one, what the settings say."""
     if resumes:
-        return restore_tokenizer(checkpoint.tokenizer_directory(config.workdir))
+        return restore_tokenizer(workdir.tokenizer_directory(config.workdir))
     if config.data.tokenizer == "checkpoint":
-        checkpoint.check_base(config.finetune.checkpoint)
-        return restore_tokenizer(checkpoint.base_tokenizer_directory(config))
+        check_base(config.finetune.checkpoint)
+        return restore_tokenizer(workdir.base_tokenizer_directory(config))
     check_vocabulary(config.data, config.model.vocabulary_size)
     with tempfile.TemporaryDirectory() as directory:  # A learned one is written here first: nothing is sure yet.
         return load_tokenizer(config.data, directory)
@@ -203,7 +205,7 @@ def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
 def _new_state(parts: Parts) -> TrainState:
     """The state before the first step, made in place on the devices."""
     config, structure = parts.config, parts.structure
-    known = checkpoint.load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
+    known = load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )
@@ -216,8 +218,8 @@ def _open_workdir(parts: Parts, tokenizer: Tokenizer, step: int) -> None:
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
     try:
         Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(checkpoint.tokenizer_directory(parts.config.workdir))
-        checkpoint.keep_tokenizer_files(parts.config)
+        tokenizer.save(workdir.tokenizer_directory(parts.config.workdir))
+        workdir.keep_tokenizer_files(parts.config)
         write_run_record(parts.config, step, sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)))
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error

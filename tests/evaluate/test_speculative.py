@@ -18,7 +18,7 @@ from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table
 from lin_jax.models.medusa import start_heads
 from lin_jax.models.registry import create_model
 from lin_jax.ops.tree import tree_from_paths
-from lin_jax.train.checkpoint import save_model
+from lin_jax.train.saved_model import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
