@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from lin_jax.config import ConfigError
-from lin_jax.convert.load import load, tokenizer_files
+from lin_jax.convert.load import load, tokenizer_files_of
 from lin_jax.decode.arguments import config_of, make_parser
 from lin_jax.decode.chat import ChatTemplate, talk
 from lin_jax.decode.jsonl import make_job
@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> None:
     config = config_of(given)
     files = given.prompt_file, given.output
     job = make_job(*files, given.checkpoint, resume=given.resume, overwrite=given.overwrite)
-    template = ChatTemplate(tokenizer_files(given.checkpoint)) if given.chat else None
+    template = ChatTemplate(tokenizer_files_of(given.checkpoint)) if given.chat else None
     generator = TextGenerator(*load(given.checkpoint, dtype=given.dtype), config)
     if job is not None:
         job.run(generator)

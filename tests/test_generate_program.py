@@ -341,3 +341,10 @@ def test_dtype_is_that_of_parameters_and_activations(models):
     model, _ = lin_jax.load(models / "augmented", dtype="bfloat16")
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))}
     assert kinds == {"bfloat16"} and model.config.dtype == "bfloat16"
+
+
+def test_a_checkpoint_of_a_run_can_be_named(models, loaded):
+    [step] = (models / "augmented" / "checkpoints").iterdir()
+    model, tokenizer = lin_jax.load(step)
+    assert tokenizer.decode(np.array([104, 105], np.int32)) == "hi"
+    np.testing.assert_array_equal(model.embedding[...], loaded[0].embedding[...])

@@ -22,6 +22,19 @@ def tokenizer_directory(workdir: str) -> epath.Path:
     return epath.Path(workdir).absolute() / "tokenizer"
 
 
+def is_run(path: str) -> bool:
+    """Whether there is a run, or one of its checkpoints."""
+    workdir, step = workdir_and_step(path)
+    directory = checkpoints_directory(workdir)
+    return (directory if step is None else directory / str(step)).is_dir()
+
+
+def tokenizer_files(path: str) -> epath.Path:
+    """The directory with a run's tokenizer, in Hugging Face's form where it came in that."""
+    kept = tokenizer_directory(workdir_and_step(path)[0])
+    return kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept
+
+
 def base_tokenizer_directory(config: Config) -> epath.Path:
     """Where the tokenizer of `finetune.checkpoint` is."""
     return tokenizer_directory(workdir_and_step(config.finetune.checkpoint)[0])
