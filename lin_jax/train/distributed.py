@@ -155,7 +155,9 @@ def _launched() -> Place | None:
     if launcher is None:
         return None
     options = {"cluster_detection_method": launcher.name}
-    return Place(launcher.get_process_id(), launcher.get_process_count(), f"the others ({launcher.name})", options)
+    return Place(
+        launcher.get_process_id(), launcher.get_process_count(), f"the address that {launcher.name} gives", options
+    )
 
 
 def _join(place: Place, seconds: int, last_words: LastWords) -> None:
