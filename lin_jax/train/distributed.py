@@ -154,10 +154,8 @@ def _launched() -> Place | None:
     launcher = next(found, None)
     if launcher is None:
         return None
-    options = {"cluster_detection_method": launcher.name}
-    return Place(
-        launcher.get_process_id(), launcher.get_process_count(), f"the address that {launcher.name} gives", options
-    )
+    where, options = f"the address that {launcher.name} gives", {"cluster_detection_method": launcher.name}
+    return Place(launcher.get_process_id(), launcher.get_process_count(), where, options)
 
 
 def _join(place: Place, seconds: int, last_words: LastWords) -> None:
