@@ -5,11 +5,12 @@ from pathlib import Path
 
 from lin_jax.config import Config, DataConfig, FinetuneConfig, FlashConfig, ModelConfig, require
 from lin_jax.convert import flash, llama
-from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
+from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, read_tensors
 from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
 from lin_jax.convert.medusa import find_heads, read_heads
+from lin_jax.convert.tensors import Tensors
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path

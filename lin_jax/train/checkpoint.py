@@ -20,6 +20,7 @@ from lin_jax.config import CheckpointConfig, Config, ConfigError, first_line, re
 from lin_jax.overrides import config_from_dict, config_to_dict
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
+from lin_jax.train.distributed import wait_for_all
 from lin_jax.train.state import TrainState
 from lin_jax.train.workdir import checkpoints_directory, read_meta, reader, saved_steps
 
@@ -33,6 +34,7 @@ FREE_SETTINGS = (
     "show_sharding",
     "plan",
     "mesh",
+    "distributed",
     "checkpoint",
     "data.tfds_directory",
     "data.cache_directory",
@@ -198,10 +200,14 @@ class Checkpoints:
             self._saved, self._running = self._running, None
 
     def _give_up(self, step: int, error: Exception) -> None:
-        """Drop a failed save with what it left on the disk; the manager would count it as done."""
+        """Drop a failed save with what it left on the disk; the manager would count it as done.
+
+        One process of several cannot go on alone, since the others may not know.
+        """
+        message = f"checkpoint {step} could not be saved ({first_line(error)})"
+        require(jax.process_count() == 1, f"{message}: see to {self._directory}, then run again")
         self._report(
-            f"warning: checkpoint {step} could not be saved ({first_line(error)}); training goes on, "
-            f"the newest checkpoint in {self._directory} is {self._saved}"
+            f"warning: {message}; training goes on, the newest checkpoint in {self._directory} is {self._saved}"
         )
         self._running = None
         _close_quietly(self._manager)
@@ -217,6 +223,7 @@ class Checkpoints:
             aside.mkdir(parents=True, exist_ok=True)
             number = len(list(aside.glob(f"{step}*")))
             (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
+        wait_for_all("unreadable checkpoints")
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

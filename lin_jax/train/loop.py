@@ -23,6 +23,8 @@ from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
+from lin_jax.train.distributed import agree_on, only_first, require_shared
+from lin_jax.train.feed import Feed
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -64,6 +66,11 @@ class Parts:
     structure: Structure
     optimizer: optax.GradientTransformation
     shardings: TrainState
+
+    @property
+    def feed(self) -> Feed:
+        """What this process reads of a batch."""
+        return Feed(sharding.batch_sharding(self.mesh), self.config.data.batch_size)
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -117,11 +124,11 @@ def train(config: Config, report: Report = print) -> Result:
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
-    config = _with_absolute_base(config)
+    config, report = _with_absolute_base(config), only_first(report)
     mesh = sharding.make_mesh(config.mesh)
     resumes, tokenizer = _prepare(config, mesh)
     parts = make_parts(config, mesh)
-    with contextlib.closing(training_batches(config.data, tokenizer, **_process())) as iterator:
+    with contextlib.closing(training_batches(config.data, tokenizer, parts.feed.own)) as iterator:
         return _train(parts, tokenizer, resumes, iterator, report)
 
 
@@ -139,10 +146,6 @@ def _with_absolute_base(config: Config) -> Config:
         return config
     path = str(Path(config.finetune.checkpoint).absolute())
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
-
-
-def _process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, report: Report) -> Result:
@@ -187,6 +190,7 @@ def _prepare(config: Config, mesh: Mesh) -> tuple[bool, Tokenizer]:
     resumes = checkpoint.has_checkpoint(config)
     tokenizer = _tokenizer(config, resumes)
     check_data(config.data, config.model.vocabulary_size, tokenizer)
+    require_shared(config.workdir, "config.workdir")
     return resumes, tokenizer
 
 
@@ -198,8 +202,19 @@ def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
         check_base(config.finetune.checkpoint)
         return restore_tokenizer(workdir.base_tokenizer_directory(config))
     check_vocabulary(config.data, config.model.vocabulary_size)
-    with tempfile.TemporaryDirectory() as directory:  # A learned one is written here first: nothing is sure yet.
-        return load_tokenizer(config.data, directory)
+    if config.data.tokenizer != "train":
+        return load_tokenizer(config.data, config.workdir)
+    return _learn_tokenizer(config)
+
+
+def _learn_tokenizer(config: Config) -> Tokenizer:
+    """A tokenizer that process 0 learns, in a directory of its own: nothing is sure yet."""
+    with tempfile.TemporaryDirectory() as directory:
+        if jax.process_index() == 0:
+            load_tokenizer(config.data, directory)
+        for name, text in agree_on({file.name: file.read_text() for file in Path(directory).iterdir()}).items():
+            Path(directory, name).write_text(text)
+        return restore_tokenizer(directory)
 
 
 def _new_state(parts: Parts) -> TrainState:
@@ -241,7 +256,7 @@ class _Run:
     ):
         self._parts, self._tokenizer, self._log, self._saver, self._stop = parts, tokenizer, log, saver, stop
         self._train, self._workdir = parts.config.train, parts.config.workdir
-        self._batch_sharding = sharding.batch_sharding(parts.mesh)
+        self._feed = parts.feed
         self._evaluate_batch: Any = None
         self._bytes_per_token: float | None = None
         self._tracing = False
@@ -317,7 +332,7 @@ class _Run:
             self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.mesh)
             self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
         sums = []
-        with contextlib.closing(validation_batches(config.data, tokenizer, **_process())) as batches:
+        with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:
             for batch in itertools.islice(batches, self._train.evaluate_batches or None):
                 trees = state.parameters, state.frozen, state.constants
                 sums.append(self._evaluate_batch(*trees, self._to_devices(batch)))
@@ -333,7 +348,7 @@ class _Run:
         return self._parts.config.finetune.objective == "medusa"
 
     def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.global_batch({name: batch[name] for name in _BATCH_TYPES}, self._batch_sharding)
+        return self._feed({name: batch[name] for name in _BATCH_TYPES})
 
     def _compile(self, state: TrainState) -> Any:
         """The training step, compiled ahead, which tells its memory."""
