@@ -41,7 +41,7 @@ class Partition:
             return ()
         return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape[axis] > 1)
 
-    def shards(self, *names: str) -> int:
+    def shards(self, *names: str | None) -> int:
         """Parts into which arrays are cut along logical axes."""
         return math.prod(self.mesh.shape[axis] for name in names for axis in self.axes(name)) if self.mesh else 1
 
@@ -59,7 +59,7 @@ class Partition:
 
     def _cut(self, name: str | None, size: int, used: set[str]) -> tuple[str, ...] | None:
         axes = self.axes(name)
-        if not axes or size % self.shards(name or "") or used.intersection(axes):
+        if not axes or size % self.shards(name) or used.intersection(axes):
             return None
         used.update(axes)
         return axes

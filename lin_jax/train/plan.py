@@ -69,5 +69,6 @@ def _layer_inputs(config: Config, partition: Partition) -> str:
     """What rematerialisation keeps: the features that enter every layer, for the rows of a microbatch."""
     rows = config.data.batch_size // config.train.microbatches // sharding.batch_shards(partition)
     itemsize = np.dtype(config.model.dtype).itemsize
-    size = config.model.depth * rows * config.data.sequence_length // partition.shards("tokens") * config.model.width * itemsize
+    tokens = rows * config.data.sequence_length // partition.shards("tokens")
+    size = config.model.depth * tokens * config.model.width * itemsize
     return f"{size:,} bytes a device, with model.remat=full"
