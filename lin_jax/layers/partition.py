@@ -41,6 +41,11 @@ class Partition:
             return ()
         return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape[axis] > 1)
 
+    @property
+    def activation_axes(self) -> tuple[str, ...]:
+        """Mesh axes that cut activations by rows or tokens, those of one device too."""
+        return tuple(axis for name in ACTIVATIONS for axis in dict(self.rules)[name])
+
     def shards(self, *names: str | None) -> int:
         """Parts into which arrays are cut along logical axes."""
         return math.prod(self.mesh.shape[axis] for name in names for axis in self.axes(name)) if self.mesh else 1
