@@ -223,7 +223,7 @@ def erf(x: Array) -> Array:
 def _activation(local: str, score: Array, near: Array | None) -> Array:
     """a(score) where `near`, else 0; see `lin_jax.ops.activations`."""
     if local == "softmax":
-        lowest = jnp.finfo(score.dtype).min
+        lowest = float(jnp.finfo(jnp.float32).min)
         score = _where(near, score, lowest)
         weight = _where(near, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0.0)
         total = jnp.sum(weight, axis=-1, keepdims=True)
