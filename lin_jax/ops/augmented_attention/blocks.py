@@ -83,6 +83,11 @@ class Plan:
         return self.back + self.rows
 
     @property
+    def period(self) -> int:
+        """Differences of slot and query, and as many more as whole tiles of lanes take."""
+        return -(-(self.slots + self.rows) // LANES) * LANES
+
+    @property
     def blocks(self) -> int:
         """Blocks in a row."""
         return -(-self.sizes.T // self.rows)
@@ -154,7 +159,7 @@ def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
 
 def _plan(inputs: Inputs, sizes: Sizes, rows: int, heads: int, vmem: int) -> Plan:
     final = inputs.return_state and inputs.grouped
-    aligned = inputs.aligned and not final
+    aligned = inputs.aligned and inputs.fresh and not final
     back = window_back(inputs, rows, aligned)
     return Plan(
         form=form_of(inputs),
@@ -224,7 +229,7 @@ def _blocks_bytes(plan: Plan, direction: str) -> int:
     array = lambda n, width: _padded(n, heads * width, s.itemsize)  # noqa: E731
     query = array(rows, s.J * s.D) + array(rows, s.J * s.P)
     key, value, out = array(rows, s.D) + array(rows, s.P), array(rows, s.E), array(rows, s.J * s.E)
-    bands = heads * s.J * (plan.bias + plan.taps) * _padded(rows, plan.slots, 4)
+    bands = heads * s.J * (plan.bias + plan.taps) * _padded(1, plan.period, 4)
     states = heads * _padded(s.state_rows, s.E, 4) * ((not plan.fresh) + plan.final)
     before = array(plan.back, s.D) + array(plan.back, s.P) + array(plan.back, s.E)
     total = query + key + value + out + bands + states + _padded(FIELDS, plan.slots, 4) * (not plan.aligned)
@@ -239,8 +244,11 @@ def _kept_bytes(plan: Plan, direction: str) -> int:
     """Kept between steps, and the largest values inside one."""
     s, heads, slots = plan.sizes, plan.heads, plan.slots
     state = _padded(s.state_rows, s.E, 4)
+    bands = heads * s.J * (plan.bias + plan.taps) * _padded(plan.rows, slots, 4)
     window = lambda itemsize: sum(_padded(slots, heads * width, itemsize) for width in (s.D, s.D, s.E))  # noqa: E731
     weights = 4 * _padded(plan.rows, slots, 4)
     if direction == "forward":
-        return (heads + 1) * state + window(s.itemsize) + weights + _padded(plan.rows, s.E, 4)
-    return (heads + 2) * state + window(4) + 2 * weights + 2 * _padded(slots, s.E, 4)
+        return (heads + 1) * state + window(s.itemsize) + bands + weights + _padded(plan.rows, s.E, 4)
+    queries = (heads + 1) * state + window(s.itemsize) + 2 * bands + 2 * weights
+    keys = (heads + 2) * state + window(4) + bands + 2 * weights + 2 * _padded(slots, s.E, 4)
+    return max(queries, keys)

@@ -37,9 +37,9 @@ def _token_bytes(plan: Plan) -> tuple[int, int, int, int]:
 
 
 def _small_bytes(plan: Plan) -> int:
-    """Bands, states and fields."""
+    """Lines of bands, states and fields."""
     s = plan.sizes
-    bands = 4 * s.H * plan.rows * plan.slots * (plan.bias + plan.taps) * s.B
+    bands = 4 * s.H * plan.period * (plan.bias + plan.taps) * s.B
     states = 4 * s.B * s.K * s.state_rows * s.E * ((not plan.fresh) + plan.final)
     fields = 0 if plan.aligned else 32 * s.B * plan.blocks * plan.slots
     return bands + states + fields
@@ -60,8 +60,7 @@ def query_cost(plan: Plan) -> Cost:
     pulled = plan.slots * (plan.form.scored * s.D + plan.form.grouped * s.state_rows)
     flops = 2 * tokens * (s.H * (_scores(plan) + plan.slots * s.E + pulled + state) + s.K * state)
     q, k, v, y = _token_bytes(plan)
-    bands = 4 * s.B * s.H * plan.rows * plan.slots * (plan.bias + plan.taps)
-    return Cost(flops, _transcendentals(plan), 2 * q + k + v + y + bands + _small_bytes(plan))
+    return Cost(flops, _transcendentals(plan), 2 * q + k + v + y + _small_bytes(plan))
 
 
 def key_cost(plan: Plan) -> Cost:

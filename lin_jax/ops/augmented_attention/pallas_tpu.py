@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -26,7 +27,6 @@ from lin_jax.ops.augmented_attention.blocks import Plan, make_plan
 from lin_jax.ops.augmented_attention.chunk import Bands, Masks, Operands
 from lin_jax.ops.augmented_attention.cost import Cost, forward_cost, key_cost, query_cost
 from lin_jax.ops.augmented_attention.inputs import Inputs
-from lin_jax.ops.augmented_attention.toeplitz import toeplitz
 from lin_jax.ops.state import context_tokens
 
 # How the kernel runs where there is no TPU.
@@ -57,7 +57,10 @@ class Arguments(NamedTuple):
 
 
 class Small(NamedTuple):
-    """What a pass makes of the arguments that are small: `alpha` [H, 1, 1], bands [H, rows, slots], tokens before."""
+    """What a pass makes of the arguments that are small.
+
+    `alpha` is [H, 1, 1], `bias` and `taps` are lines of bands [H, 1, period], and the rest are tokens before the row.
+    """
 
     alpha: Array
     bias: Array | None
@@ -126,10 +129,19 @@ def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
 
 def _small(plan: Plan, arguments: Arguments) -> Small:
     a = arguments
-    band = lambda x: None if x is None else toeplitz(x, 0, plan.rows, plan.slots, plan.back)  # noqa: E731
+    line = lambda x: None if x is None else _line(plan, x)  # noqa: E731
     before = lambda x: None if x is None else wl.last_slots(x, plan.back)  # noqa: E731
     tokens = (before(x) for x in (a.key_before, a.grouped_key_before, a.value_before))
-    return Small(a.alpha_H[:, None, None], band(a.bias_XH), band(a.conv_WH), *tokens)
+    return Small(a.alpha_H[:, None, None], line(a.bias_XH), line(a.conv_WH), *tokens)
+
+
+def _line(plan: Plan, by_distance: Float[Array, "X H"]) -> Float[Array, "H 1 period"]:
+    """The entries of a band by slot - query, modulo the period; `_skew` makes the band where it is used."""
+    index = np.arange(plan.period)
+    distance = plan.back - np.where(index < plan.slots, index, index - plan.period)
+    inside = (distance >= 0) & (distance < by_distance.shape[0])
+    entries = by_distance[np.clip(distance, 0, by_distance.shape[0] - 1)].T
+    return jnp.where(jnp.asarray(inside)[None], entries, 0)[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -291,7 +303,8 @@ def _forward(plan: Plan, a: Arguments, small: Small) -> tuple[Array, Array | Non
         outputs["state"] = _per_row_and_head(plan, state, plan.heads)
     inputs = {**_inputs(plan, a, small, a.fields_forward), **_initial(plan, a, small)}
     body = functools.partial(_forward_body, plan)
-    results = _run("forward", body, plan, inputs, outputs, _window_scratch(plan, a), forward_cost(plan))
+    scratch = {**_window_scratch(plan, a), **_band_scratch(plan, "band")}
+    results = _run("forward", body, plan, inputs, outputs, scratch, forward_cost(plan))
     return results["y"], results.get("state")
 
 
@@ -305,7 +318,8 @@ def _pull_queries(plan: Plan, a: Arguments, small: Small, y: Array) -> dict[str,
         if (x := getattr(small, name)) is not None:
             outputs[name] = _per_row_and_head(plan, _like((s.B, *x.shape), jnp.float32), plan.heads * s.J)
     body = functools.partial(_query_body, plan)
-    return _run("queries", body, plan, inputs, outputs, _window_scratch(plan, a), query_cost(plan))
+    scratch = {**_window_scratch(plan, a), **_band_scratch(plan, "band"), **_band_scratch(plan, "sum")}
+    return _run("queries", body, plan, inputs, outputs, scratch, query_cost(plan))
 
 
 def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | None) -> dict[str, Array]:
@@ -331,6 +345,7 @@ def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | 
         "grouped_key_sum": ((plan.slots, plan.heads * s.state_rows), f32),
         "value_sum": ((plan.slots, plan.heads * s.E), f32),
         "state_sum": ((plan.heads, s.state_rows, s.E), f32),
+        **_band_scratch(plan, "band"),
     }
     body = functools.partial(_key_body, plan)
     return _run("keys", body, plan, inputs, outputs, scratch, key_cost(plan))
@@ -347,6 +362,13 @@ def _window_scratch(plan: Plan, a: Arguments) -> dict[str, tuple[tuple[int, ...]
             scratch["grouped_key_window"] = ((plan.slots, plan.heads * s.state_rows), a.key.dtype)
         scratch["state_sum"] = ((plan.heads, s.state_rows, s.E), jnp.float32)
     return scratch
+
+
+def _band_scratch(plan: Plan, what: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Bands of all heads of a step, or sums over blocks of their gradients."""
+    shape = (plan.heads * plan.sizes.J, plan.rows, plan.slots)
+    names = [name for name, there in (("bias", plan.bias), ("taps", plan.taps)) if there]
+    return {f"{name}_{what}": (shape, jnp.float32) for name in names}
 
 
 def _piece(plan: Plan, array: Array, piece: int) -> Cut:
@@ -457,8 +479,38 @@ def _queries(plan: Plan, refs: Refs, i: int, keep_inside: Callable[[Array], Arra
     return keep_inside(refs["query"][0, :, _lanes(i, s.D)]), grouped
 
 
+def _skew(plan: Plan, line: Array) -> Array:
+    """The band [rows, slots] of a line [1, period]: row i is the line moved by i. Row by row where bits of i are 1."""
+    x = jnp.broadcast_to(line, (plan.rows, plan.period))
+    return _move_rows(plan, x, lambda step: step)[:, : plan.slots]
+
+
+def _unskew(plan: Plan, band: Array) -> Array:
+    """The adjoint of `_skew`."""
+    beyond = jnp.zeros((plan.rows, plan.period - plan.slots), jnp.float32)
+    x = _move_rows(plan, jnp.concatenate([band, beyond], axis=1), lambda step: plan.period - step)
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+def _move_rows(plan: Plan, x: Array, move: Callable[[int], int]) -> Array:
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    step = 1
+    while step < plan.rows:
+        x = jnp.where(row & step != 0, pltpu.roll(x, move(step), 1), x)
+        step *= 2
+    return x
+
+
+def _make_bands(plan: Plan, refs: Refs) -> None:
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for name in ("bias", "taps"):
+            for i in range(plan.heads * plan.sizes.J) if name in refs else ():
+                refs[f"{name}_band"][i] = _skew(plan, refs[name][i])
+
+
 def _bands(refs: Refs, i: int) -> Bands:
-    return Bands(*(refs[name][i] if name in refs else None for name in ("bias", "taps")))
+    return Bands(*(refs[f"{name}_band"][i] if name in refs else None for name in ("bias", "taps")))
 
 
 def _put_window(plan: Plan, n: Any, refs: Refs) -> None:
@@ -540,6 +592,7 @@ def _put_final(plan: Plan, refs: Refs, seen: _Seen, kp: int, window: _Window) ->
 def _forward_body(plan: Plan, refs: Refs) -> None:
     n, s = pl.program_id(2), plan.sizes
     _put_window(plan, n, refs)
+    _make_bands(plan, refs)
     seen = _seen(plan, n, refs)
     for kp in range(plan.heads):
         window = _window(plan, refs, kp)
@@ -555,11 +608,12 @@ def _query_body(plan: Plan, refs: Refs) -> None:
     n, s = pl.program_id(2), plan.sizes
     keep_inside = functools.partial(_inside, plan, n)
     _put_window(plan, n, refs)
+    _make_bands(plan, refs)
     seen = _seen(plan, n, refs)
 
     @pl.when(n == 0)
     def _():
-        for name in ("alpha_out", "bias_out", "taps_out"):
+        for name in ("alpha_out", "bias_sum", "taps_sum"):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
@@ -576,10 +630,18 @@ def _query_body(plan: Plan, refs: Refs) -> None:
             refs["query_out"][0, :, _lanes(i, s.D)] = local.astype(refs["query_out"].dtype)
             if grouped is not None:
                 refs["grouped_query_out"][0, :, _lanes(i, s.P)] = grouped.astype(refs["grouped_query_out"].dtype)
-            for name, x in (("alpha_out", g.alpha), ("bias_out", g.bias), ("taps_out", g.taps)):
-                if x is not None:
-                    refs[name][0, i] += x
+            if g.alpha is not None:
+                refs["alpha_out"][0, i] += g.alpha
+            for name, of_band in (("bias_sum", g.bias), ("taps_sum", g.taps)):
+                if of_band is not None:
+                    refs[name][i] += of_band
     _advance(plan, refs, seen)
+
+    @pl.when(n == plan.blocks - 1)
+    def _():
+        for name in ("bias", "taps"):
+            for i in range(plan.heads * s.J) if name in refs else ():
+                refs[f"{name}_out"][0, i] = _unskew(plan, refs[f"{name}_sum"][i])
 
 
 def _whole_window(plan: Plan, n: Any, refs: Refs, name: str, lanes: slice) -> Array:
@@ -598,6 +660,7 @@ def _key_body(plan: Plan, refs: Refs) -> None:
     s, rows = plan.sizes, plan.rows
     n = plan.blocks - 1 - pl.program_id(2)
     keep_inside = functools.partial(_inside, plan, n)
+    _make_bands(plan, refs)
     seen = _seen(plan, n, refs)
     sums = ("key_sum", "grouped_key_sum", "value_sum", "state_sum")
 
