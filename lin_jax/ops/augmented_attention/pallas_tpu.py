@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -137,11 +136,9 @@ def _small(plan: Plan, arguments: Arguments) -> Small:
 
 def _line(plan: Plan, by_distance: Float[Array, "X H"]) -> Float[Array, "H 1 period"]:
     """The entries of a band by slot - query, modulo the period; `_skew` makes the band where it is used."""
-    index = np.arange(plan.period)
-    distance = plan.back - np.where(index < plan.slots, index, index - plan.period)
-    inside = (distance >= 0) & (distance < by_distance.shape[0])
-    entries = by_distance[np.clip(distance, 0, by_distance.shape[0] - 1)].T
-    return jnp.where(jnp.asarray(inside)[None], entries, 0)[:, None]
+    by_distance = by_distance[: plan.slots]
+    entries = jnp.pad(by_distance.T, ((0, 0), (0, plan.period - by_distance.shape[0])))
+    return jnp.roll(jnp.flip(entries, axis=1), plan.back + 1, axis=1)[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
