@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import write_json
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention import augmented_attention, pallas_tpu
+from lin_jax.ops.augmented_attention.blocks import make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,29 @@ def print_rows(rows: list[dict[str, Any]], header: bool) -> None:
         print(layout.format(*names, f"{row['temporary'] / 1e6:.2f}", share, f"{row['seconds']:.0f}"), flush=True)
 
 
+def check(target: str) -> None:
+    """Compiles small shapes, and blocks that the compiler must refuse, and prints what came out."""
+    device = devices(target)[0]
+    small = llama2_7b(300)
+    narrow, wide = make(1, 64, 2, 2, 64, 64, taps=4, local="relu2", group_size=16), flash110m(1024)
+
+    def attempt(name: str, case: Case, direction: str, **illegal: Any) -> None:
+        def plan(*arguments: Any) -> Any:
+            return dataclasses.replace(make_plan(*arguments), **illegal)
+
+        try:
+            with mock.patch.object(pallas_tpu, "make_plan", plan):
+                compile_case(case, "pallas_tpu", direction, device)
+            print(f"{name}: compiled")
+        except Exception as error:
+            print(f"{name}: {' '.join(str(error).split())[:1000]}")
+
+    for direction in DIRECTIONS:
+        attempt(direction, small, direction)
+    attempt("half a tile of lanes", narrow, "forward", heads=1)
+    attempt("more memory than it may use", wide, "forward", vmem_bytes=4 << 20)
+
+
 def main() -> None:
     """One target in this process, several in one process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,10 +220,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--implementations", nargs="+", default=["pallas_tpu", "xla"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--check", action="store_true", help="small shapes and illegal blocks instead, one target only")
     parser.add_argument("--json", help="file for the result, one target only")
     options = parser.parse_args()
     if len(options.targets) == 1:
         prepare(options.targets[0])
+        if options.check:
+            return check(options.targets[0])
         rows = measure(options.targets[0], options.shapes, options.implementations, options.directions)
         write_json(options.json, {"rows": rows})
         return

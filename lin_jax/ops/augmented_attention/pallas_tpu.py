@@ -80,8 +80,6 @@ def refusal(inputs: Inputs, device_kind: str) -> str | None:
     """Why the kernel cannot run for these inputs on a device of this kind; None if it can."""
     if not inputs.causal:
         return "it is causal only"
-    if inputs.local == "none" and not inputs.grouped and inputs.conv_WH is None:
-        return "every branch is off"
     arrays = (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP)
     types = {x.dtype for x in arrays if x is not None}
     if len(types) > 1 or not types <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
@@ -91,7 +89,9 @@ def refusal(inputs: Inputs, device_kind: str) -> str | None:
 
 
 def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], Float[Array, "B K P E"] | None]:
-    """Outputs, and the folded state after the row if `inputs.return_state`."""
+    """Outputs, and the folded state after the row if `inputs.return_state` and there is a grouped branch."""
+    if inputs.local == "none" and not inputs.grouped and inputs.conv_WH is None:
+        return jnp.zeros((*inputs.q_BTHD.shape[:3], inputs.v_BTKE.shape[-1]), inputs.v_BTKE.dtype), None
     forward, backward = (make_plan(inputs, device_kind, direction) for direction in ("forward", "backward"))
     assert isinstance(forward, Plan) and isinstance(backward, Plan)
     y, state = _attend(Plans(forward, backward), _arguments(inputs, forward, backward))
