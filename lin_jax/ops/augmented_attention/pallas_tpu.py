@@ -99,7 +99,7 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], F
 
 
 def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
-    lanes = lambda x: None if x is None else x.reshape(*x.shape[:2], -1)  # noqa: E731
+    lanes: Any = lambda x: None if x is None else x.reshape(*x.shape[:2], -1)  # noqa: E731
     own = forward.form.own_grouped
     key_before = grouped_key_before = value_before = None
     if not inputs.fresh:
@@ -157,9 +157,11 @@ def _attend_backward(plans: Plans, arguments: Arguments, gradients: tuple[Array,
     )
     of_queries = _pull_queries(plan, arguments, small, y)
     of_keys = _pull_keys(plan, arguments, small, y, final)
-    of_small = {name: of_queries[name].sum(axis=0) for name in ("alpha", "bias", "taps") if name in of_queries}
+    of_small: dict[str, Array] = {
+        name: of_queries[name].sum(axis=0) for name in ("alpha", "bias", "taps") if name in of_queries
+    }
     of_small |= {name: x for name, x in of_keys.items() if name.endswith("_before")}
-    zeros = {name: jnp.zeros_like(x) for name, x in small._asdict().items() if x is not None}
+    zeros: dict[str, Array] = {name: jnp.zeros_like(x) for name, x in small._asdict().items() if x is not None}
     (pulled,) = pull_small(small._replace(**{**zeros, **of_small}))
     return (
         pulled._replace(
@@ -184,12 +186,12 @@ class Cut(NamedTuple):
 
     array: Any
     block: tuple[int, ...]
-    index: Callable[..., tuple[Any, ...]]
+    where: Callable[..., tuple[Any, ...]]
 
     @property
     def spec(self) -> pl.BlockSpec:
         """Of a kernel's argument or result."""
-        return pl.BlockSpec(self.block, self.index)
+        return pl.BlockSpec(self.block, self.where)
 
 
 def _tokens(plan: Plan, array: Any, reverse: bool = False) -> Cut:
@@ -351,7 +353,7 @@ def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | 
 def _window_scratch(plan: Plan, a: Arguments) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What the passes in forward order keep: the window, as it is multiplied, and the state before it."""
     s, form = plan.sizes, plan.form
-    scratch = {"value_window": ((plan.slots, plan.heads * s.E), a.value.dtype)}
+    scratch: dict[str, tuple[tuple[int, ...], Any]] = {"value_window": ((plan.slots, plan.heads * s.E), a.value.dtype)}
     if form.scored:
         scratch["key_window"] = ((plan.slots, plan.heads * s.D), a.key.dtype)
     if form.grouped:
@@ -410,10 +412,10 @@ class _Seen(NamedTuple):
     """Masks of a block; `fold`, `keep` and so on say what the state after it has, and the final state."""
 
     masks: Masks
-    fold: Array | None
-    keep: Array | None
-    final_fold: Array | None
-    final_keep: Array | None
+    fold: Any  # None is everywhere
+    keep: Any
+    final_fold: Any
+    final_keep: Any
 
 
 def _seen(plan: Plan, n: Any, refs: Refs) -> _Seen:
@@ -547,10 +549,10 @@ def _put_window(plan: Plan, n: Any, refs: Refs) -> None:
 class _Window(NamedTuple):
     """Of one key/value head: keys as they are multiplied, values, and the state before them."""
 
-    key: Array | None
-    grouped_key: Array | None
+    key: Any
+    grouped_key: Any  # None where the branch is off, as its state
     value: Array
-    state: Array | None
+    state: Any
 
 
 def _window(plan: Plan, refs: Refs, kp: int) -> _Window:
@@ -671,7 +673,7 @@ def _key_body(plan: Plan, refs: Refs) -> None:
         key = _whole_window(plan, n, refs, "key", lanes[0])
         own = _whole_window(plan, n, refs, "grouped_key", lanes[1]) if "grouped_key" in refs else None
         value = _whole_window(plan, n, refs, "value", lanes[2])
-        operand = chunk.operand(plan.form, key, own)
+        operand: tuple[Any, Any] = chunk.operand(plan.form, key, own)
 
         def add(name: str, which: slice, at: slice, x: Array) -> None:
             refs[name][which, at] += x
