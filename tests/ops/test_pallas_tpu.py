@@ -73,7 +73,7 @@ def test_blocks_and_groups_of_other_sizes(blocks, rows, heads, options):
 )
 def test_gradients_of_the_states(options):
     """Through the initial state to the final one."""
-    case, before = make_case(3, B=2, J=1, **options), make_case(4, B=2, T=11, J=1, **options)
+    case, before = make_case(3, B=2, J=1, **options), make_case(4, **{**options, "B": 2, "T": 11, "J": 1})
     ids = jnp.asarray([[2] * 7 + [0] * 4, [3] * 11], jnp.int32)
     _, state = before("reference", {**before.arrays, "segment_ids_BT": ids}, return_state=True)
     state_floats = {f"state.{name}": x for name, x in vars(state).items() if name != "length_B" and x is not None}
