@@ -91,7 +91,8 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        operands, cut = self._operands(q, k, v), rows.partition.cut(heads="heads")
+        # The op normalises: a kernel then needs no normalised copies, see `docs/kernels.md`.
+        operands, cut = _Operands(q, k, v, None, None), rows.partition.cut(heads="heads")
 
         def attend(branches: _Branches) -> Array:
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
@@ -103,6 +104,7 @@ class Mixing(nnx.Module):
                 cut=cut,
                 position_BT=rows.position_BT,
                 segment_ids_BT=rows.segment_ids_BT,
+                normalise=True,
                 **self._arguments(operands, branches),
             )
 
