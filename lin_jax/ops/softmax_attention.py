@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.target import target
 
 
 def softmax_attention(
@@ -37,9 +38,8 @@ def softmax_attention(
 
 def _has_flash_attention(q_BTHD: Array) -> bool:
     """Whether cuDNN computes it: 16-bit types and head sizes that are multiples of 8 up to 128."""
-    device = jax.devices()[0]
-    D = q_BTHD.shape[-1]
-    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
+    device, D = target(), q_BTHD.shape[-1]
+    nvidia = device.platform == "gpu" and "NVIDIA" in device.kind
     return nvidia and q_BTHD.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
 
 
