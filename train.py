@@ -12,7 +12,7 @@ import jax
 from lin_jax.config import ConfigError
 from lin_jax.overrides import config_parser, load_config
 from lin_jax.train.loop import describe, show_sharding, train
-from lin_jax.train.plan import plan, use_virtual_devices
+from lin_jax.train.plan import plan, prepare_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.distributed:
             jax.distributed.initialize()
         if config.plan:
-            use_virtual_devices(config)
+            prepare_plan(config)
         if config.plan or config.show_sharding:
-            print(plan(config) if config.plan else show_sharding(config))
+            print(plan(config, _progress) if config.plan else show_sharding(config))
             return 0
         result = train(config, report=lambda line: print(line, flush=True))
     except ConfigError as error:
@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif jax.process_index() == 0:
         print(f"finished {result.step} steps in {config.workdir}: {describe(result.validation)}")
     return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from lin_jax.config import Config, ConfigError, require
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
-from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import checkpoint, sharding
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import MetricsLog, draw_learning_curve
@@ -29,7 +28,7 @@ from lin_jax.train.record import write_run_record
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
-from lin_jax.train.trainable import structure_of
+from lin_jax.train.trainable import step_flops, structure_of
 from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
@@ -162,7 +161,7 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         config.workdir,
         step,
         config.train.steps,
-        training_flops_per_token(config.model, config.data.sequence_length),
+        step_flops(config).needed,
         report,
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
