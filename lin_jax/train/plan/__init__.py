@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lin_jax.config import Config, ConfigError
-from lin_jax.train import sharding
-from lin_jax.train.chips import GIB, Chip
 from lin_jax.train.plan import target as targets
 from lin_jax.train.plan.compiled import Step, TooLarge, Traced, compile_step, trace
 from lin_jax.train.plan.estimate import (
@@ -106,9 +104,7 @@ class _Plan:
         config, chip, count = traced.parts.config, self._target.chip, self._target.count
         per_token = step_flops(config)
         tokens = config.data.batch_size * config.data.sequence_length
-        shape = (
-            ", ".join(f"{name} {size}" for name, size in traced.parts.mesh.shape.items() if size > 1) or "one device"
-        )
+        cut = [f"{name} {size}" for name, size in traced.parts.mesh.shape.items() if size > 1]
         flops = f"{tokens:,} tokens and {per_token.needed * tokens:.3g} FLOPs a step"
         rows = [
             ("parameters", f"{_count(_shapes(traced)):,}"),
@@ -124,7 +120,7 @@ class _Plan:
                 exchanged = fit.step.collectives
                 times = bound(chip, count, per_slice, flops=computed, traffic=traffic, collectives=exchanged)
                 rows += time_rows(chip, count, times, computed, traffic, per_token.needed * tokens)
-        return [f"{self._target.name}: {shape}; {flops}", *table(rows)]
+        return [f"{self._target.name}: {', '.join(cut) or 'one device'}; {flops}", *table(rows)]
 
     def _memory_rows(self, traced: Traced, fit: _Fit) -> list[tuple[str, str]]:
         rows = []

@@ -1,4 +1,4 @@
-"""Memory and traffic of a training step by formula: where no compiler for the chip is at hand, and to choose what to try.
+"""Memory and traffic of a training step by formula: where no compiler for the chip is at hand, or before it is asked.
 
 Counted are the products with matrices and the attention; element-wise work is taken to be fused into them.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lin_jax.config import Config, LlamaConfig
+from lin_jax.config import Config, FlashConfig
 from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.flops import matrices
 from lin_jax.train import sharding
@@ -44,7 +44,9 @@ def measure_state(traced: Traced) -> State:
     count = {top: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for top, tree in abstract.items()}
     layers = count.pop("layers")
     return State(
-        *map(sizes, (state.parameters, state.frozen, state.optimizer)),
+        trained=sizes(state.parameters),
+        frozen=sizes(state.frozen),
+        optimizer=sizes(state.optimizer),
         layer=itemsize * layers // config.model.depth,
         outside=itemsize * sum(count.values()),
     )
@@ -134,9 +136,8 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
 
 
 def softmax_is_tiled(config: Config, platform: str) -> bool:
-    """Whether softmax attention runs as a kernel that never holds all scores."""
+    """Whether softmax attention is computed a tile of its scores at a time; FLASH's whole-row kinds are not."""
     model = config.model
-    size = model.head_size if not hasattr(model, "query_key_size") else model.query_key_size
-    if config.data.packing == "segments" or isinstance(model, LlamaConfig) is False and platform == "cpu":
+    if isinstance(model, FlashConfig) or config.data.packing == "segments" or model.dtype != "bfloat16":
         return False
-    return platform == "gpu" and model.dtype == "bfloat16" and size % 8 == 0 and size <= 128
+    return platform == "gpu" and model.head_size % 8 == 0 and model.head_size <= 128

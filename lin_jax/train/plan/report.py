@@ -7,6 +7,8 @@ from lin_jax.train.collectives import Collective
 from lin_jax.train.plan.estimate import State
 from lin_jax.train.plan.times import Times
 
+Rows = list[tuple[str, str]]
+
 
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Names and values, in two columns."""
@@ -20,7 +22,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def state_rows(state: State) -> list[tuple[str, str]]:
+def state_rows(state: State) -> Rows:
     """What of the state is on a device."""
     trained = _size(state.trained)
     rows = [("trained parameters", trained), ("their gradients", trained), ("optimizer state", _size(state.optimizer))]
@@ -31,7 +33,7 @@ def _size(sizes: tuple[int, int]) -> str:
     return f"{sizes[0]:,} bytes a device, {sizes[1]:,} in one copy"
 
 
-def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
+def collective_rows(collectives: Sequence[Collective]) -> Rows:
     """What a device sends in a step, by kind."""
     kinds = list(dict.fromkeys(collective.kind for collective in collectives))
     rows = []
@@ -42,7 +44,7 @@ def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
     return rows or [("sent", "nothing")]
 
 
-def time_rows(chip: Chip, devices: int, times: Times, flops: float, traffic: float, needed: float) -> list:
+def time_rows(chip: Chip, devices: int, times: Times, flops: float, traffic: float, needed: float) -> Rows:
     """The best possible times of a step, and the utilisation that they leave."""
     rows = [
         (

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -86,7 +87,7 @@ def devices(target: Target) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     assert target.chip is not None
-    options = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
     options |= _SINGLE if target.topology == "1x1" else {}
     options |= {"num_slices": target.slices} if target.slices > 1 else {}
     try:
