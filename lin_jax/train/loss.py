@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lin_jax.layers.partition import WHOLE, Partition
+
 
 class LossSums(NamedTuple):
     """Sums over tokens, so that parts of a batch add up exactly."""
@@ -17,11 +19,16 @@ class LossSums(NamedTuple):
 
 
 def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], partition: Partition = WHOLE
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and the log of the softmax denominator."""
+    logits_BTV = partition.constrain(logits_BTV, "batch", "tokens", "vocabulary")
     denominator_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    if partition.shards("vocabulary") == 1:
+        chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    else:  # A look-up would gather the logits; a sum adds up what the parts of the vocabulary have.
+        is_target_BTV = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None] == targets_BT[..., None]
+        chosen_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
     return denominator_BT - chosen_BT, denominator_BT
 
 
@@ -33,6 +40,7 @@ def chunked_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    partition: Partition = WHOLE,
 ) -> LossSums:
     """The sums of a batch's losses; logits [B, T, V] never exist whole, neither forward nor backward.
 
@@ -44,26 +52,33 @@ def chunked_loss(
         chunk: tokens of a row whose logits exist at a time. Rows stay whole, so that a batch that is cut over
             devices is not moved.
         z_loss: weight of the squared log of the softmax denominator.
+        partition: how batch and vocabulary are cut.
     """
 
     @jax.checkpoint
     def add(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = part
-        nll, denominator = token_losses(head(hidden), targets)
+        nll, denominator = token_losses(head(hidden), targets, partition)
         nll_sum = jnp.sum(nll * weights)
         z_sum = z_loss * jnp.sum(jnp.square(denominator) * weights)
         return LossSums(sums.loss + nll_sum + z_sum, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None
 
-    parts = tuple(split_positions(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
+    arrays = (hidden_BTC, targets_BT, weights_BT)
+    parts = tuple(split_positions(array, chunk, partition.shards("tokens")) for array in arrays)
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, LossSums(zero, zero, zero), parts)[0]
 
 
-def split_positions(array: Array, chunk: int) -> Array:
-    """[B, T, ...] -> [parts, B, t, ...] with t at most `chunk`; the end is filled with zeros, which weigh nothing."""
-    batch, length = array.shape[:2]
-    parts = -(-length // chunk)
+def split_positions(array: Array, chunk: int, shards: int = 1) -> Array:
+    """[B, T, ...] -> [parts, B, t, ...] with t at most `chunk`; the end is filled with zeros, which weigh nothing.
+
+    Rows that are cut over `shards` devices are split on each device, so that every part has some tokens of all.
+    """
+    batch, length, *rest = array.shape
+    length //= shards
+    parts = -(-length // max(1, chunk // shards))
     size = -(-length // parts)
-    padding = [(0, 0), (0, parts * size - length)] + [(0, 0)] * (array.ndim - 2)
-    padded = jnp.pad(array, padding).reshape(batch, parts, size, *array.shape[2:])
-    return jnp.moveaxis(padded, 1, 0)
+    padding = [(0, 0), (0, 0), (0, parts * size - length)] + [(0, 0)] * len(rest)
+    padded = jnp.pad(array.reshape(batch, shards, length, *rest), padding)
+    split = jnp.moveaxis(padded.reshape(batch, shards, parts, size, *rest), 2, 0)
+    return split.reshape(parts, batch, shards * size, *rest)

@@ -24,7 +24,7 @@ ENTRY %main (p: f32[]) -> f32[] {
   %ad = bf16[2,5] async-done(%as), calls=%async
   %cp = (bf16[2]{0:T(256)}, bf16[2], u32[]{:S(2)}, u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
   %alone = f32[7] all-reduce(%y), replica_groups=[8,1]<=[8], to_apply=%add
-  ROOT %ar = (f32[3], bf16[8]{0:T(256)(128)(2,1)}) all-reduce-start(%u, %v), replica_groups={}, metadata={op_name="jit(f)/g"}
+  ROOT %a = (f32[3], bf16[8]{0:T(256)(2,1)}) all-reduce-start(%u, %v), replica_groups={}, metadata={op_name="jit(f)/g"}
 }
 """
 

@@ -34,6 +34,7 @@ def augmented_attention(
     local_groups: int = 1,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     initial_state: AttentionState | None = None,
+    aligned_state: bool = False,
     return_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], AttentionState]:
@@ -70,6 +71,8 @@ def augmented_attention(
         segment_ids_BT: every run of equal ids is a sequence of its own, with groups counted from its first token;
             0 is padding, which is not seen and gives 0. None: every row is one sequence.
         initial_state: what went before; the run of the row's first token continues it, if that token is real.
+        aligned_state: whether the caller knows that the initial state ends with a group in all rows; without segment
+            ids groups then lie alike in all rows, which takes half the local work.
         return_state: also return the state after the last real token (of its sequence; a row of padding keeps its).
         implementation: "xla" (fused), "reference" (the definition, slow), or None for the best that runs here.
 
@@ -114,7 +117,7 @@ def augmented_attention(
         local_groups=local_groups,
         segment_ids_BT=jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT,
         initial_state=empty if initial_state is None else initial_state,
-        aligned=segment_ids_BT is None and initial_state is None,
+        aligned=segment_ids_BT is None and (initial_state is None or aligned_state),
         fresh=initial_state is None,
     )
     if T == 0:

@@ -67,9 +67,9 @@ def trace(config: Config, devices: Sequence[jax.Device]) -> Traced:
     Raises:
         ConfigError: the settings do not fit the devices.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
-    parts = make_parts(config, mesh)
+    partition = sharding.make_partition(config.mesh, devices)
+    sharding.check_fit(config, partition)
+    parts = make_parts(config, partition)
     return Traced(parts, abstract_state(parts.structure, parts.optimizer, parts.shardings))
 
 

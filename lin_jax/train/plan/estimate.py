@@ -13,7 +13,6 @@ import numpy as np
 from lin_jax.config import Config, FlashConfig
 from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.flops import matrices
-from lin_jax.train import sharding
 from lin_jax.train.plan.compiled import Traced
 
 
@@ -74,9 +73,8 @@ class Activations:
 
 def microbatch_tokens(traced: Traced) -> int:
     """Tokens of a microbatch on one device."""
-    config = traced.parts.config
-    rows = config.data.batch_size // config.train.microbatches // sharding.batch_shards(traced.parts.mesh)
-    return rows * config.data.sequence_length
+    config, shards = traced.parts.config, traced.parts.partition.shards("batch", "tokens")
+    return config.data.batch_size * config.data.sequence_length // (config.train.microbatches * shards)
 
 
 def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
