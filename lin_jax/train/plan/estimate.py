@@ -13,6 +13,7 @@ import numpy as np
 from lin_jax.config import Config, FlashConfig
 from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.flops import matrices
+from lin_jax.ops.softmax_tpu import LANES
 from lin_jax.train.plan.compiled import Traced
 
 
@@ -136,6 +137,9 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
 def softmax_is_tiled(config: Config, platform: str) -> bool:
     """Whether softmax attention is computed a tile of its scores at a time; FLASH's whole-row kinds are not."""
     model = config.model
-    if isinstance(model, FlashConfig) or config.data.packing == "segments" or model.dtype != "bfloat16":
+    if isinstance(model, FlashConfig):
         return False
-    return platform == "gpu" and model.head_size % 8 == 0 and model.head_size <= 128
+    if platform == "tpu":
+        return model.head_size % LANES == 0 and config.data.sequence_length % LANES == 0
+    fits = config.data.packing == "concatenate" and model.dtype == "bfloat16"
+    return platform == "gpu" and fits and model.head_size % 8 == 0 and model.head_size <= 128
