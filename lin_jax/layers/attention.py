@@ -17,8 +17,8 @@ from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_t
 from lin_jax.ops.cache import Cache, append_to_cache, commit_to_cache, empty_cache, extend_softmax, verify_softmax
 from lin_jax.ops.castling import castle
 from lin_jax.ops.feature_maps import unit
-from lin_jax.ops.rows import convolve
 from lin_jax.ops.softmax_attention import longlora_attention
+from lin_jax.ops.rows import convolve
 from lin_jax.ops.state import AttentionState, Pending, empty_state
 from lin_jax.ops.tree import chain
 from lin_jax.ops.whole_row import sharded_softmax

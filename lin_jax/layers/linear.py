@@ -50,11 +50,9 @@ class Linear(nnx.Module):
         name = self.kernel.axes[-1]
         if partition.shards(name or "batch") == 1 or name is None:
             return jnp.split(self(x), count, axis=-1)
-        split = (
-            lambda matrix: [  # noqa: E731
-                partition.gather(part, (None, name)[-matrix.ndim :]) for part in jnp.split(matrix, count, axis=-1)
-            ]
-        )
+        split = lambda matrix: [  # noqa: E731
+            partition.gather(part, (None, name)[-matrix.ndim :]) for part in jnp.split(matrix, count, axis=-1)
+        ]
         biases = [None] * count if self.bias is None else split(self.bias[...])
         y = [_affine(x, kernel, bias) for kernel, bias in zip(split(self.kernel[...]), biases, strict=True)]
         if self.adapter is None:

@@ -53,9 +53,7 @@ class Flash(LanguageModel):
     ) -> tuple[Array, tuple[Any, ...]]:
         """Input of the first layer, and what all layers are told of positions."""
         position_BTC = self.position_scale[...] * sinusoids(position_BT, self.config.width)
-        return (look_up(self.embedding[...], tokens_BT, partition) + position_BTC).astype(self.config.dtype), (
-            position_BT,
-        )
+        return (look_up(self.embedding[...], tokens_BT, partition) + position_BTC).astype(self.config.dtype), (position_BT,)
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences can be decoded exactly, however long."""

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.config import LlamaConfig, require
 from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
-from lin_jax.layers.embedding import look_up
 from lin_jax.layers.gated_attention import Rows, place
+from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
 from lin_jax.layers.parameter import parameter

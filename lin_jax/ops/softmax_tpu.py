@@ -1,4 +1,4 @@
-"""Causal softmax attention on TPUs by JAX's splash attention: scores a tile at a time, those above the diagonal never."""
+"""Causal softmax attention on TPUs by splash attention: scores a tile at a time, those above the diagonal never."""
 
 import jax
 import jax.numpy as jnp

@@ -109,9 +109,7 @@ def make_rules(changes: Iterable[str]) -> Rules:
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    require(
-        name in known, f"mesh.rules: unknown {what} {name!r}; did you mean {near[0] if near else next(iter(known))}?"
-    )
+    require(name in known, f"mesh.rules: unknown {what} {name!r}; did you mean {near[0] if near else next(iter(known))}?")
 
 
 def batch_shards(partition: Partition) -> int:
