@@ -33,7 +33,7 @@ class Chip:
     name: str
     kinds: tuple[str, ...]
     platform: Literal["tpu", "gpu"]
-    memory: float
+    memory: int
     flops: float
     memory_bandwidth: float
     interconnect: float

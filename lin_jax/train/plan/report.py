@@ -17,7 +17,7 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{name.ljust(width)}  {value}" for name, value in rows]
 
 
-def gib(size: float) -> str:
+def gib(size: int | float) -> str:
     """Bytes in GiB."""
     return f"{size / GIB:.2f} GiB"
 
@@ -44,7 +44,7 @@ def collective_rows(collectives: Sequence[Collective]) -> Rows:
     return rows or [("sent", "nothing")]
 
 
-def time_rows(chip: Chip, devices: int, times: Times, flops: float, traffic: float, needed: float) -> Rows:
+def time_rows(chip: Chip, devices: int, times: Times, flops: int, traffic: int, needed: int) -> Rows:
     """The best possible times of a step, and the utilisation that they leave."""
     rows = [
         (

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lin_jax.config import Config, ConfigError
+from lin_jax.config import Config, ConfigError, FlashConfig
 from lin_jax.train.chips import Chip, chip_count
 
 # Sizes in which slices come, by what their names begin with; https://cloud.google.com/tpu/docs has them all.
@@ -37,7 +37,7 @@ def smaller(config: Config, devices: int) -> Iterator[Suggestion]:
             continue
         names = {name for name, _ in changes}
         told = tuple(text for text in told if text.partition("=")[0].removeprefix("--config.") not in names)
-        told += tuple(f"--config.{name}={value}" for name, value in changes)
+        told += tuple(f"--config.{name}={_told(value)}" for name, value in changes)
         yield Suggestion(told, config)
 
 
@@ -54,6 +54,15 @@ def _changes(config: Config, devices: int) -> Iterator[Sequence[tuple[str, Any]]
         parts *= 2
     if config.train.loss_chunk > 256:
         yield [("train.loss_chunk", 256)]
+    if isinstance(config.model, FlashConfig) or config.mesh.sequence > 1:
+        return
+    for shards in (2, 4, 8):
+        if devices % shards == 0 and config.data.sequence_length % (shards * config.model.attention.group_size) == 0:
+            yield [("mesh.sequence", shards), ("mesh.rules", ("width=fsdp+sequence",))]
+
+
+def _told(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _changed(config: Any, changes: Sequence[tuple[str, Any]]) -> Any:

@@ -20,6 +20,8 @@ _ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+# Virtual devices at least, where they stand for GPUs.
+VIRTUAL = 64
 # Topologies that are smaller than a host of v5e and v6e, which libtpu otherwise takes to be of 2x2 chips.
 _SINGLE = {"chips_per_host_bounds": (1, 1, 1)}
 
@@ -66,7 +68,8 @@ def prepare(target: Target) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     if not target.compiles:
-        jax.config.update("jax_num_cpu_devices", target.count)
+        # More than are asked for, so that more can be tried if these do not do.
+        jax.config.update("jax_num_cpu_devices", target.count if target.chip is None else max(target.count, VIRTUAL))
         return
     require(
         importlib.util.find_spec("libtpu") is not None,
@@ -83,7 +86,7 @@ def devices(target: Target) -> Sequence[jax.Device]:
         ConfigError: there is no such topology.
     """
     if not target.compiles:
-        return jax.devices()
+        return jax.devices()[: target.count]
     from jax.experimental import topologies
 
     assert target.chip is not None

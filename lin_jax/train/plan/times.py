@@ -23,7 +23,7 @@ class Times:
 
 
 def bound(
-    chip: Chip, devices: int, per_slice: int, *, flops: float, traffic: float, collectives: Sequence[Collective]
+    chip: Chip, devices: int, per_slice: int, *, flops: int, traffic: int, collectives: Sequence[Collective]
 ) -> Times:
     """The times of a step.
 
@@ -49,7 +49,7 @@ def sent_beyond(collective: Collective, per_slice: int) -> float:
     """Bytes of one exchange that a device sends out of its slice: of a ring, those that the slice's members share."""
     slices = max(len({member // per_slice for member in group}) for group in collective.groups)
     if slices == 1:
-        return 0
+        return 0.0
     members = max(map(len, collective.groups))
     # Inside, members // slices devices each hold a part; between slices they exchange theirs at the same time.
     own = collective.size * slices // members
