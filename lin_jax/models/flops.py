@@ -103,9 +103,10 @@ def _layer_flops(
     adapters = _adapter_flops(own, finetune)
     if not reached:
         return Flops(forward, 0, 0)
-    kept = {"none": 0, "full": forward + adapters, "dots": mixing}
+    # Nothing reads the last product of a layer again: it ends in a sum.
+    again = {"none": 0, "full": forward + adapters - own[-1].flops, "dots": mixing}
     backward = forward + mixing + sum(matrix.flops for matrix in own if trains(matrix.path)) + 2 * adapters
-    return Flops(forward + adapters, backward, kept[config.remat] + _chunks(config, T))
+    return Flops(forward + adapters, backward, again[config.remat] + _chunks(config, T))
 
 
 def _adapter_flops(own: Sequence[Matrix], finetune: FinetuneConfig) -> int:
@@ -151,7 +152,7 @@ def _all_softmax(config: ModelConfig) -> Any:
 
 
 def matrices(config: ModelConfig) -> list[Matrix]:
-    """The matrices of all layers."""
+    """The matrices of all layers, in the order in which they are used."""
     return _MATRICES[type(config)](config)
 
 
