@@ -530,9 +530,7 @@ class MeshConfig:
     data: int = setting(-1, "copies of the model, each with its part of the batch")
     fsdp: int = setting(1, "parts into which parameters, optimizer state and batch are cut")
     tensor: int = setting(1, "parts into which heads, feed-forward layers and vocabulary are cut")
-    sequence: int = setting(
-        1, "parts into which rows are cut; augmented attention sends only states from one to the next"
-    )
+    sequence: int = setting(1, "parts into which rows are cut; augmented attention sends only states between them")
     rules: tuple[str, ...] = setting(
         (),
         "changes of what cuts what: LOGICAL=MESH+MESH, such as width=fsdp+sequence, or vocabulary= for what is not to "

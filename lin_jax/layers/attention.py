@@ -17,8 +17,8 @@ from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_t
 from lin_jax.ops.cache import Cache, append_to_cache, commit_to_cache, empty_cache, extend_softmax, verify_softmax
 from lin_jax.ops.castling import castle
 from lin_jax.ops.feature_maps import unit
-from lin_jax.ops.softmax_attention import longlora_attention
 from lin_jax.ops.rows import convolve
+from lin_jax.ops.softmax_attention import longlora_attention
 from lin_jax.ops.state import AttentionState, Pending, empty_state
 from lin_jax.ops.tree import chain
 from lin_jax.ops.whole_row import sharded_softmax
@@ -97,7 +97,9 @@ class Mixing(nnx.Module):
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
                 return convolve(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT, cut)
             return sharded_attention(
-                *operands[:3],
+                operands.q,
+                operands.k,
+                operands.v,
                 cut=cut,
                 position_BT=rows.position_BT,
                 segment_ids_BT=rows.segment_ids_BT,
@@ -197,8 +199,9 @@ class Mixing(nnx.Module):
             grouped: dict[str, Any] = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
             options = self._options(operands, branches)
             return verify_tree(operands.q, operands.k, operands.v, tree, state, **grouped, **options)
-        rows = {"segment_ids_BT": step.segment_ids(T), "initial_state": state}
-        return cast(Array, augmented_attention(*operands[:3], **rows, **self._arguments(operands, branches)))
+        rows: dict[str, Any] = {"segment_ids_BT": step.segment_ids(T), "initial_state": state}
+        q, k, v, *_ = operands
+        return cast(Array, augmented_attention(q, k, v, **rows, **self._arguments(operands, branches)))
 
     def commit(
         self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 from lin_jax.config import FlashConfig
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import NORMS
-from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.parameter import Constant, parameter, uniform
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.positions import bias_buckets, rotate, token_shift
 from lin_jax.layers.steps import Step, Verify
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention.sharded import sharded_attention
 from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.castling import castle
-from lin_jax.ops.augmented_attention.sharded import sharded_attention
 from lin_jax.ops.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
 from lin_jax.ops.rows import convolve, positions
 from lin_jax.ops.state import AttentionState, Pending, empty_state
@@ -113,9 +113,7 @@ class GatedAttention(nnx.Module):
         attended_BTE = attend(heads_BT2D, v_BTE, rows)
         return x_BTC + self.output(gate_BTE * attended_BTE)
 
-    def _project(
-        self, u_BTC: Array, position_BT: Array, partition: Partition = WHOLE
-    ) -> tuple[Array, Array, Array]:
+    def _project(self, u_BTC: Array, position_BT: Array, partition: Partition = WHOLE) -> tuple[Array, Array, Array]:
         """Values, gate, and rotated queries and keys."""
         v_BTE, gate_BTE = (jax.nn.silu(x) for x in self.hidden.parts(u_BTC, 2, partition))
         z_BTD = jax.nn.silu(self.query_key(u_BTC))

@@ -47,17 +47,19 @@ class Linear(nnx.Module):
 
         Where a mesh cuts outputs, the matrix is split and each part cut anew, and not the output, which is larger.
         """
-        name = self.kernel.axes[-1]
-        if partition.shards(name or "batch") == 1 or name is None:
+        if partition.shards(self.kernel.axes[-1]) == 1:
             return jnp.split(self(x), count, axis=-1)
-        split = lambda matrix: [  # noqa: E731
-            partition.gather(part, (None, name)[-matrix.ndim :]) for part in jnp.split(matrix, count, axis=-1)
-        ]
-        biases = [None] * count if self.bias is None else split(self.bias[...])
-        y = [_affine(x, kernel, bias) for kernel, bias in zip(split(self.kernel[...]), biases, strict=True)]
+        kernels = self._split(self.kernel, count, partition)
+        biases = [None] * count if self.bias is None else self._split(self.bias, count, partition)
+        y = [_affine(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
         if self.adapter is None:
             return y
         return [a + b for a, b in zip(y, jnp.split(self.adapter(x), count, axis=-1), strict=True)]
+
+    @staticmethod
+    def _split(matrix: nnx.Param, count: int, partition: Partition) -> list[Array]:
+        """Equal parts of the outputs, each cut as the whole was."""
+        return [partition.gather(part, matrix.axes) for part in jnp.split(matrix[...], count, axis=-1)]
 
 
 def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:

@@ -41,7 +41,12 @@ class Partition:
             return ()
         return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape[axis] > 1)
 
-    def shards(self, *names: str) -> int:
+    @property
+    def activation_axes(self) -> tuple[str, ...]:
+        """Mesh axes that cut activations by rows or tokens, those of one device too."""
+        return tuple(axis for name in ACTIVATIONS for axis in dict(self.rules)[name])
+
+    def shards(self, *names: str | None) -> int:
         """Parts into which arrays are cut along logical axes."""
         return math.prod(self.mesh.shape[axis] for name in names for axis in self.axes(name)) if self.mesh else 1
 
@@ -59,7 +64,7 @@ class Partition:
 
     def _cut(self, name: str | None, size: int, used: set[str]) -> tuple[str, ...] | None:
         axes = self.axes(name)
-        if not axes or size % self.shards(name or "") or used.intersection(axes):
+        if not axes or size % self.shards(name) or used.intersection(axes):
             return None
         used.update(axes)
         return axes

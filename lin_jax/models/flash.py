@@ -42,6 +42,7 @@ class Flash(LanguageModel):
         Args:
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
         """
         B, T = tokens_BT.shape
         rows = place(segment_ids_BT, (B, T), self.config.padding, partition)
@@ -53,7 +54,8 @@ class Flash(LanguageModel):
     ) -> tuple[Array, tuple[Any, ...]]:
         """Input of the first layer, and what all layers are told of positions."""
         position_BTC = self.position_scale[...] * sinusoids(position_BT, self.config.width)
-        return (look_up(self.embedding[...], tokens_BT, partition) + position_BTC).astype(self.config.dtype), (position_BT,)
+        x_BTC = look_up(self.embedding[...], tokens_BT, partition) + position_BTC
+        return x_BTC.astype(self.config.dtype), (position_BT,)
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences can be decoded exactly, however long."""

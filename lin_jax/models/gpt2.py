@@ -106,6 +106,7 @@ class Gpt2(LanguageModel):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, with positions from 0; 0 is padding; None:
                 a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
 
         Raises:
             ConfigError: T exceeds the positions that the model knows.

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.config import LlamaConfig, require
 from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
-from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.embedding import look_up
+from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
 from lin_jax.layers.parameter import parameter
@@ -148,6 +148,7 @@ class Llama(LanguageModel):
         Args:
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
         """
         config = self.config
         x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)

@@ -27,9 +27,7 @@ def sharded_softmax(
         return softmax_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT)
     if cut.shards > 1:
         scale = q_BTHD.shape[-1] ** -0.5
-        return whole_row_attention(
-            q_BTHD, k_BTKD, v_BTKE, segment_ids_BT, cut, activation="softmax", score_scale=scale
-        )
+        return whole_row_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT, cut, activation="softmax", score_scale=scale)
     arrays = {"q_BTHD": q_BTHD, "k_BTKD": k_BTKD, "v_BTKE": v_BTKE, "segment_ids_BT": segment_ids_BT}
     return cut.run(softmax_attention, arrays, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
 

@@ -19,9 +19,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# Axes of a mesh with their sizes, and those along which devices exchange.
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")
-_AXIS = re.compile(r"'([^']+)'(?:=(\d+))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 # TPUs work through one exchange in steps, each beside other work and with the same channel.
 _STEP = re.compile(r'channel_id=(\d+), .*chain_id="\d+"')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
@@ -186,26 +184,37 @@ def _itemsize(kind: str) -> int:
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """The groups or pairs of an instruction, listed or as a reshaped and transposed range."""
+    """The groups or pairs of an instruction: listed, as a reshaped and transposed range, or as axes of a mesh."""
     listed = _LISTED.search(line)
     if listed:
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     mesh = _MESH.search(line)
     if mesh:
-        return _mesh_groups(mesh[1], mesh[2])
+        return _along_axes(*mesh.groups())
     iota = _IOTA.search(line)
-    if iota is None:
-        return ()
-    shape, source, axes = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
-    devices = np.arange(math.prod(source or [])).reshape(source)
-    return tuple(map(tuple, devices.transpose(axes).reshape(shape).tolist()))
+    return tuple(map(tuple, _range(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist())) if iota else ()
 
 
-def _mesh_groups(mesh: str, along: str) -> tuple[tuple[int, ...], ...]:
-    """Groups of devices that differ in some axes of a mesh alone."""
-    sizes = {name: int(size) for name, size in _AXIS.findall(mesh)}
-    chosen = [name for name, _ in _AXIS.findall(along)]
-    devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    order = [list(sizes).index(name) for name in [*(name for name in sizes if name not in chosen), *chosen]]
-    members = math.prod(sizes[name] for name in chosen)
-    return tuple(map(tuple, devices.transpose(order).reshape(-1, members).tolist()))
+def _along_axes(axes: str, shape: str | None, order: str | None, along: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along some axes of a mesh: `'a'=2,'b'=4` and `'a'` or, for a part of an axis, `'b':(2)2`."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+    parts: dict[str, tuple[int, int, int]] = {name: (size, 1, 1) for name, size in sizes.items()}
+    for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", along):
+        inner = int(size or sizes[name])
+        parts[name] = (int(before or 1), inner, sizes[name] // (int(before or 1) * inner))
+    devices = _range(shape or str(math.prod(sizes.values())), order).reshape(
+        [x for part in parts.values() for x in part]
+    )
+    grouped = range(1, devices.ndim, 3)
+    groups = np.moveaxis(devices, grouped, range(-len(grouped), 0))
+    return tuple(map(tuple, groups.reshape(-1, math.prod(part[1] for part in parts.values())).tolist()))
+
+
+def _range(shape: str, order: str | None) -> np.ndarray:
+    """The numbers of devices in their order, reshaped and transposed."""
+    sizes = _numbers(shape)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

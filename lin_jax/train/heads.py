@@ -17,7 +17,7 @@ from lin_jax.config import MedusaConfig
 from lin_jax.decode.trees import best_paths, expected_tokens, write_tree
 from lin_jax.layers.partition import Partition
 from lin_jax.models.medusa import MedusaHeads
-from lin_jax.train.loss import LossSums, chunked_loss, split_positions
+from lin_jax.train.loss import LossSums, sharded_loss, split_positions
 from lin_jax.train.state import Structure
 from lin_jax.train.step import Batch, Loss, LossSettings, features_of, loss_chunk, next_token_loss
 
@@ -103,7 +103,9 @@ def _heads_loss(
 
     def add(total: Array, part: Any) -> tuple[Array, None]:
         arrays, factor, ahead = part
-        sums = chunked_loss(nnx.merge(graph, arrays), hidden_BTC, *ahead, chunk=chunk, partition=partition)
+        sums = sharded_loss(
+            lambda arrays, x: nnx.merge(graph, arrays)(x), arrays, hidden_BTC, *ahead, chunk=chunk, partition=partition
+        )
         return total + factor * sums.nll, None
 
     ahead = look_ahead(batch, heads.config.heads, settings.use_segments)

@@ -1,13 +1,14 @@
 """Cross-entropy of a large vocabulary, a chunk of positions at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lin_jax.layers.partition import WHOLE, Partition
+from lin_jax.layers.partition import Partition
 
 
 class LossSums(NamedTuple):
@@ -19,17 +20,70 @@ class LossSums(NamedTuple):
 
 
 def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], partition: Partition = WHOLE
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], vocabulary: tuple[str, ...] | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Negative log-likelihood of each target in nats, and the log of the softmax denominator."""
-    logits_BTV = partition.constrain(logits_BTV, "batch", "tokens", "vocabulary")
+    """Negative log-likelihood of each target in nats, and the log of the softmax denominator.
+
+    `vocabulary` names the mesh axes that cut V, if any do.
+    """
+    if vocabulary:
+        logits_BTV = jax.lax.with_sharding_constraint(logits_BTV, PartitionSpec(None, None, vocabulary))
     denominator_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    if partition.shards("vocabulary") == 1:
+    if not vocabulary:
         chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    else:  # A look-up would gather the logits; a sum adds up what the parts of the vocabulary have.
-        is_target_BTV = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None] == targets_BT[..., None]
-        chosen_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
-    return denominator_BT - chosen_BT, denominator_BT
+        return denominator_BT - chosen_BT, denominator_BT
+    # A look-up would gather the logits; a sum adds up what the parts of the vocabulary have.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None] == targets_BT[..., None]
+    return denominator_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1), denominator_BT
+
+
+def sharded_loss(
+    head: Callable[[Any, Array], Array],
+    parameters: Any,
+    hidden_BTC: Float[Array, "B T C"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    chunk: int,
+    z_loss: float = 0.0,
+    partition: Partition,
+) -> LossSums:
+    """`chunked_loss` where rows and tokens may be cut over devices.
+
+    Each device goes through its own chunks; losses, and the gradient of the head, are added up over devices once, after
+    the last chunk. Along the vocabulary the compiler cuts the products.
+
+    Args:
+        head: parameters and hidden states [B, t, C] -> float32 logits [B, t, V].
+        parameters: a tree of arrays, whole but for the vocabulary.
+        hidden_BTC: see `chunked_loss`, as the other arguments.
+        targets_BT: the next tokens.
+        weights_BT: of every target.
+        chunk: tokens of a whole row whose logits exist at a time, on all devices together.
+        z_loss: weight of the squared log of the softmax denominator.
+        partition: how batch and vocabulary are cut.
+    """
+    if partition.mesh is None:
+        return chunked_loss(
+            lambda x: head(parameters, x), hidden_BTC, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss
+        )
+    rows, axes = PartitionSpec(partition.axes("batch"), partition.axes("tokens")), partition.activation_axes
+    own = max(1, chunk // partition.shards("tokens"))
+
+    def of_part(parameters: Any, *part: Array) -> LossSums:
+        of_head = lambda x: head(parameters, x)  # noqa: E731
+        sums = chunked_loss(of_head, *part, chunk=own, z_loss=z_loss, vocabulary=partition.axes("vocabulary"))
+        return jax.tree.map(lambda array: jax.lax.psum(array, axes), sums)
+
+    sharded = jax.shard_map(
+        of_part,
+        mesh=partition.mesh,
+        in_specs=(PartitionSpec(), rows, rows, rows),
+        out_specs=PartitionSpec(),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return sharded(parameters, hidden_BTC, targets_BT, weights_BT)
 
 
 def chunked_loss(
@@ -40,7 +94,7 @@ def chunked_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
-    partition: Partition = WHOLE,
+    vocabulary: tuple[str, ...] | None = None,
 ) -> LossSums:
     """The sums of a batch's losses; logits [B, T, V] never exist whole, neither forward nor backward.
 
@@ -52,19 +106,18 @@ def chunked_loss(
         chunk: tokens of a row whose logits exist at a time. Rows stay whole, so that a batch that is cut over
             devices is not moved.
         z_loss: weight of the squared log of the softmax denominator.
-        partition: how batch and vocabulary are cut.
+        vocabulary: mesh axes that cut V.
     """
 
     @jax.checkpoint
     def add(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = part
-        nll, denominator = token_losses(head(hidden), targets, partition)
+        nll, denominator = token_losses(head(hidden), targets, vocabulary)
         nll_sum = jnp.sum(nll * weights)
         z_sum = z_loss * jnp.sum(jnp.square(denominator) * weights)
         return LossSums(sums.loss + nll_sum + z_sum, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None
 
-    arrays = (hidden_BTC, targets_BT, weights_BT)
-    parts = tuple(split_positions(array, chunk, partition.shards("tokens")) for array in arrays)
+    parts = tuple(split_positions(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, LossSums(zero, zero, zero), parts)[0]
 

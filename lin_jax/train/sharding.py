@@ -62,17 +62,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(_lay_out(shape, devices), MESH, axis_types=(AxisType.Auto,) * len(MESH))
 
 
-def _lay_out(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _lay_out(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """The devices as an array: the first axis from slice to slice of TPUs, the others within a slice."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) == 1:  # Or devices that are in no slices.
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    tpu = devices[0].platform == "tpu"
+    if len(slices) == 1 or (shape[0] == 1 and not tpu):  # GPUs call a host a slice.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=tpu)
     require(
         shape[0] == len(slices),
         f"mesh.slice={shape[0]}, but the {len(devices)} devices are in {len(slices)} slices: set it to {len(slices)}",
     )
     between = (shape[0],) + (1,) * (len(shape) - 1)
-    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), between, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), between, devices, allow_split_physical_axes=tpu)
 
 
 def make_partition(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Partition:
@@ -109,7 +110,8 @@ def make_rules(changes: Iterable[str]) -> Rules:
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    require(name in known, f"mesh.rules: unknown {what} {name!r}; did you mean {near[0] if near else next(iter(known))}?")
+    told = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    require(name in known, f"mesh.rules: unknown {what} {name!r}{told}")
 
 
 def batch_shards(partition: Partition) -> int:
@@ -165,9 +167,9 @@ def _check_tokens(partition: Partition, model: ModelConfig, length: int) -> None
     sent = max(attention.local_groups * group, attention.convolution) - 1
     require(
         own >= sent,
-        f"data.sequence_length={length} over the {shards} devices of {told} is {own} tokens each, fewer than the {sent} "
-        f"that local_groups={attention.local_groups}, group_size={group} and convolution={attention.convolution} reach "
-        "back",
+        f"data.sequence_length={length} over the {shards} devices of {told} is {own} tokens each, fewer than the "
+        f"{sent} that model.attention.local_groups={attention.local_groups}, group_size={group} and "
+        f"convolution={attention.convolution} reach back",
     )
 
 

@@ -138,9 +138,7 @@ def make_structure(
     return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start)
 
 
-def state_shardings(
-    structure: Structure, optimizer: optax.GradientTransformation, partition: Partition
-) -> TrainState:
+def state_shardings(structure: Structure, optimizer: optax.GradientTransformation, partition: Partition) -> TrainState:
     """Shardings of a whole `TrainState`: the optimizer's moments lie where their parameters do."""
     whole = replicated(partition)
     parameters, frozen = structure.split(structure.parameter_shardings(partition))

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float
 
 from lin_jax.layers.partition import Partition
-from lin_jax.train.loss import LossSums, chunked_loss
+from lin_jax.train.loss import LossSums, sharded_loss
 from lin_jax.train.optimizer import skipped_steps
 from lin_jax.train.sharding import batch_sharding, replicated
 from lin_jax.train.state import Structure, TrainState
@@ -65,8 +66,11 @@ def next_token_loss(
     model: Any, hidden_BTC: Float[Array, "B T C"], batch: Batch, settings: LossSettings, partition: Partition
 ) -> LossSums:
     """Cross-entropy of the next tokens, of what `features_of` gives."""
-    return chunked_loss(
-        model.head,
+    # The layers are no part of the head, and many.
+    graph, used, layers = nnx.split(model, lambda path, _: path[0] != "layers", ...)
+    return sharded_loss(
+        lambda used, x: nnx.merge(graph, used, layers).head(x),
+        used,
         hidden_BTC,
         batch["targets"],
         batch["weights"],

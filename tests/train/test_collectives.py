@@ -23,6 +23,7 @@ ENTRY %main (p: f32[]) -> f32[] {
   %as = ((bf16[8,5]), bf16[2,5], u32[]) async-start(%p), calls=%async
   %ad = bf16[2,5] async-done(%as), calls=%async
   %cp = (bf16[2]{0:T(256)}, bf16[2], u32[]{:S(2)}, u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %me = f32[4] all-gather(%z), replica_groups=mesh['x'=2,'y'=4], device_ids=([2,2,2]T(1,0,2)) {'x','y':(2)2}
   %alone = f32[7] all-reduce(%y), replica_groups=[8,1]<=[8], to_apply=%add
   ROOT %a = (f32[3], bf16[8]{0:T(256)(2,1)}) all-reduce-start(%u, %v), replica_groups={}, metadata={op_name="jit(f)/g"}
 }
@@ -35,6 +36,7 @@ def test_asynchronous_exchanges_count_once_and_loops_as_often_as_they_turn():
         Collective("all-gather", 32 * 16 * 4, ((0, 2, 4, 6), (1, 3, 5, 7)), 3, ""),
         Collective("reduce-scatter", 8 * 5 * 2, halves, 1, ""),
         Collective("collective-permute", 4, ((0, 1),), 1, ""),
+        Collective("all-gather", 16, ((0, 1, 2, 3), (4, 5, 6, 7)), 1, ""),
         Collective("all-reduce", 28, (tuple(range(8)),), 1, "jit(f)/g"),
     ]
 

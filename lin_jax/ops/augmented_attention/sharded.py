@@ -85,7 +85,7 @@ class _Tokens(NamedTuple):
     value: Array
 
 
-def _before(cut: Cut, position_BT: Array, part: Mapping[str, Array], options: Mapping[str, Any]) -> dict[str, Any]:
+def _before(cut: Cut, position_BT: Array, part: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What `augmented_attention` is told of the tokens before this part of the row."""
     k, v, conv, ids = (part[name] for name in ("k_BTKD", "v_BTKE", "conv_WH", "segment_ids_BT"))
     sizes = {"group_size": options["group_size"], "local_groups": options.get("local_groups", 1)}
@@ -157,12 +157,11 @@ def _folded(
     if aligned:
         closed = jax.tree.map(lambda x: x[:, : T - reach], row)
         return reset_B, _outer_sum(window, None, feature_map) + _outer_sum(closed, None, feature_map)
-    end_B = position_BT[:, -1:] + 1
-    of_run_BT = jnp.arange(T, dtype=jnp.int32)[None] >= T - end_B
-    row_BT = of_run_BT & (position_BT < window_start(end_B, group_size, local_groups))
+    start_B, end_B = (window_start(x, group_size, local_groups) for x in (length_B, position_BT[:, -1] + 1))
+    of_run_BT = jnp.arange(-T, 0, dtype=jnp.int32)[None] + position_BT[:, -1:] + 1 >= 0
+    row_BT = of_run_BT & (position_BT < end_B[:, None])
     position_BU = length_B[:, None] + jnp.arange(-reach, 0, dtype=jnp.int32)[None]
-    start_B1 = window_start(length_B[:, None], group_size, local_groups)
-    window_BU = (position_BU >= jnp.maximum(start_B1, 0)) & ~reset_B[:, None]
+    window_BU = (position_BU >= jnp.maximum(start_B, 0)[:, None]) & ~reset_B[:, None]
     return reset_B, _outer_sum(window, window_BU, feature_map) + _outer_sum(row, row_BT, feature_map)
 
 
