@@ -44,7 +44,7 @@ def softmax_attention(
 def _has_flash_attention(q_BTHD: Array) -> bool:
     """Whether cuDNN computes it: 16-bit types and head sizes that are multiples of 8 up to 128."""
     device, D = target(), q_BTHD.shape[-1]
-    nvidia = device.platform == "gpu" and "NVIDIA" in device.kind
+    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
     return nvidia and q_BTHD.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
 
 

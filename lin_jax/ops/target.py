@@ -9,7 +9,7 @@ class Target(NamedTuple):
     """A device: its `platform` as JAX names it (cpu, gpu, tpu) and its kind."""
 
     platform: str
-    kind: str
+    device_kind: str
 
 
 def target() -> Target:
