@@ -641,6 +641,10 @@ class GenerateConfig:
         )
 
 
+# A chip and how many, or for TPUs their topology; nothing where nothing is planned.
+_PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2})?"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """An experiment: everything that `train.py` needs to know."""
@@ -657,12 +661,16 @@ class Config:
     profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
     show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
     plan: str = setting(
-        "", "cpu:N: compile the training step for N virtual devices without any parameters, print its memory, and stop"
+        "",
+        "devices, which need not be there, to compile the training step for without any parameters; prints memory, "
+        "exchanges and best possible times, and stops: v4, v5e, v5p, v6e with a topology (v5e:8x8, v5p:4x4x4; two "
+        "slices: 2*v5e:8x8), a100, a100-40g, h100, h200 with a number (h100:8), or cpu:8",
     )
 
     def __post_init__(self):
         require(
-            re.fullmatch(r"(cpu:[1-9]\d*)?", self.plan) is not None, f"plan must look like cpu:8, but is {self.plan}"
+            re.fullmatch(_PLAN, self.plan) is not None,
+            f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
         )
         require(
             self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",

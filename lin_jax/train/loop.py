@@ -21,7 +21,6 @@ from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.layers.partition import Partition
-from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
 from lin_jax.train.distributed import agree_on, only_first, require_shared
@@ -34,7 +33,7 @@ from lin_jax.train.saved_model import load_base
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
-from lin_jax.train.trainable import structure_of
+from lin_jax.train.trainable import step_flops, structure_of
 from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
@@ -174,7 +173,7 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         config.workdir,
         step,
         config.train.steps,
-        training_flops_per_token(config.model, config.data.sequence_length),
+        step_flops(config).needed,
         report,
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
