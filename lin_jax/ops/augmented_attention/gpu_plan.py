@@ -12,8 +12,8 @@ sees the blocks `lowest(i)` .. i of keys one by one and everything before them i
 
 import dataclasses
 import json
-import math
 from importlib import resources
+from typing import NamedTuple
 
 from lin_jax.ops.augmented_attention.chunk import Form
 from lin_jax.ops.augmented_attention.inputs import Inputs
@@ -66,8 +66,9 @@ class Plan:
         taps: taps of the convolution, 0 where it is off.
         aligned: every row is one sequence from its first token.
         initial: whether a state goes before the first key token.
-        lag: blocks before its own that a block of queries sees one by one. None: it varies, as a group has several
-            blocks and the row is aligned.
+        lag: blocks before its own that a block of queries sees one by one in both branches; the state holds those before
+            them. None: it varies, as a group has several blocks and the row is aligned. The convolution may reach
+            further back, see `reach`.
     """
 
     form: Form
@@ -116,11 +117,11 @@ class Plan:
         return -(-max(0, self.taps - 1) // self.rows)
 
     @property
-    def window_blocks(self) -> int:
-        """Most blocks that a block of queries sees one by one."""
+    def reach(self) -> int:
+        """Most earlier blocks that a block of queries sees one by one in any branch."""
         if self.lag is not None:
-            return self.lag + 1
-        return max(self.local_groups * self.group_size // self.rows, self.band_lag + 1)
+            return max(self.lag, self.band_lag)
+        return max(self.local_groups * self.group_size // self.rows - 1, self.band_lag)
 
     @property
     def tile(self) -> int:
@@ -153,18 +154,36 @@ class Plan:
         """The grouped branch alone; blocks stay as they are."""
         return dataclasses.replace(self, form=dataclasses.replace(self.form, local="none"), taps=0, bias=False)
 
-    def in_window(self, offset: int) -> tuple[bool, bool, bool]:
-        """Whether a pair of blocks `offset` apart can have near, far and banded entries; only where `lag` is fixed."""
+    def kinds(self, offset: int | None) -> "Kinds":
+        """Which entries blocks `offset` apart can have; None: of an unknown offset."""
+        if offset is None or self.lag is None:
+            return Kinds("some" if self.form.scored else "none", "some" if self.form.grouped else "none", self.taps > 0)
         if self.aligned and self.rows % self.group_size == 0:
             groups = self.rows // self.group_size
-            nearest, farthest = max(0, (offset - 1) * groups + 1), offset * groups + groups - 1
-            near, far = nearest < self.local_groups, farthest >= self.local_groups
+            least, most = max(0, (offset - 1) * groups + 1), offset * groups + groups - 1
         else:
-            nearest, farthest = max(0, (offset - 1) * self.rows + 1), (offset + 1) * self.rows - 1
-            near = nearest < self.group_size * self.local_groups
-            far = farthest > (self.local_groups - 1) * self.group_size
-        band = max(0, (offset - 1) * self.rows + 1) < self.taps
-        return near and self.form.scored, far and self.form.grouped, band
+            # Tokens at a distance of d are d // G or one more groups apart.
+            least = max(0, (offset - 1) * self.rows + 1) // self.group_size
+            most = ((offset + 1) * self.rows - 1) // self.group_size + 1
+        near = "none" if least >= self.local_groups else "all" if most < self.local_groups else "some"
+        far = "none" if most < self.local_groups else "all" if least >= self.local_groups else "some"
+        seen = offset <= self.lag
+        return Kinds(
+            near if seen and self.form.scored else "none",
+            far if seen and self.form.grouped else "none",
+            max(0, (offset - 1) * self.rows + 1) < self.taps,
+        )
+
+
+class Kinds(NamedTuple):
+    """Which pairs of tokens of two blocks are near (in the local window) and far by their groups: none, some or all.
+
+    `band` is whether the convolution reaches any.
+    """
+
+    near: str
+    far: str
+    band: bool
 
 
 def padded(size: int) -> int:
@@ -180,13 +199,12 @@ def make_plan(inputs: Inputs, form: Form, device_kind: str) -> Plan:
     G, R = inputs.group_size, inputs.local_groups
     taps = 0 if inputs.conv_WH is None else inputs.conv_WH.shape[0]
     rows = min(sizes.rows, padded(T))
-    lag = _lag(rows, G, R, taps, inputs.aligned)
-    return Plan(
+    plan = Plan(
         form=form,
         tuning=dataclasses.replace(sizes, rows=rows),
         batch=B,
         tokens=T,
-        context=0 if inputs.fresh or lag is None else lag * rows,
+        context=0,
         heads=H,
         key_heads=K,
         size=D,
@@ -198,19 +216,19 @@ def make_plan(inputs: Inputs, form: Form, device_kind: str) -> Plan:
         bias=inputs.bias_XH is not None and inputs.local != "none",
         aligned=inputs.aligned,
         initial=not inputs.fresh,
-        lag=lag,
+        lag=_lag(rows, G, R, inputs.aligned),
         itemsize=inputs.v_BTKE.dtype.itemsize,
         interpret="NVIDIA" not in device_kind,
     )
+    return plan if inputs.fresh else dataclasses.replace(plan, context=plan.reach * rows)
 
 
-def _lag(rows: int, G: int, R: int, taps: int, aligned: bool) -> int | None:
-    band = -(-max(0, taps - 1) // rows)
+def _lag(rows: int, G: int, R: int, aligned: bool) -> int | None:
     if aligned and G % rows == 0 and G > rows:
         return None
     if aligned and rows % G == 0:
-        return max(band, -(-(R - 1) * G // rows))
-    return max(band, -(-(R * G - 1) // rows))
+        return -(-(R - 1) * G // rows)
+    return -(-(R * G - 1) // rows)
 
 
 def refusal(inputs: Inputs, device_kind: str) -> str | None:
@@ -228,8 +246,3 @@ def refusal(inputs: Inputs, device_kind: str) -> str | None:
     if inputs.slots > MOST_SLOTS:
         return f"its window has at most {MOST_SLOTS} slots, not group_size * local_groups = {inputs.slots}"
     return None
-
-
-def tile_bytes(plan: Plan) -> int:
-    """Bytes of shared memory that the operands of one block need at least."""
-    return plan.itemsize * plan.rows * (2 * padded(plan.size) + 2 * plan.tile) * math.ceil(plan.tuning.stages / 2)

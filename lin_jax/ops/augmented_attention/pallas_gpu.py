@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from lin_jax.ops.augmented_attention import chunk
 from lin_jax.ops.augmented_attention.chunk import Form
-from lin_jax.ops.augmented_attention.gpu_plan import Plan, make_plan, padded
+from lin_jax.ops.augmented_attention.gpu_plan import Kinds, Plan, make_plan, padded
 from lin_jax.ops.augmented_attention.gpu_plan import refusal as refusal
 from lin_jax.ops.augmented_attention.inputs import Inputs
 from lin_jax.ops.layout import token_layout
@@ -243,51 +243,71 @@ class _Tables(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Which entries [rows, rows] of a block of queries and one of keys belong to which branch; None: none at all."""
+    """Which entries [rows, rows] of a block of queries and one of keys belong to which branch.
 
+    `kinds` says which branches have any; the masks are None where all entries are theirs.
+    """
+
+    kinds: Kinds
     near: Array | None
     far: Array | None
     band: Array | None
 
+    @property
+    def has_near(self) -> bool:
+        """Whether any entry is of the local branch."""
+        return self.kinds.near != "none"
 
-def _kinds(plan: Plan, offset: int | None) -> tuple[bool, bool, bool]:
-    """Whether blocks `offset` apart have near, far and banded entries; at an unknown offset (None) they can have all."""
-    return (plan.form.scored, plan.form.grouped, plan.taps > 0) if offset is None else plan.in_window(offset)
+    @property
+    def has_far(self) -> bool:
+        """Whether any entry is of the grouped branch."""
+        return self.kinds.far != "none"
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no entries at all."""
+        return not (self.has_near or self.has_far or self.kinds.band)
 
 
 def _tables(program: _Program, i: Any, j: Any, offset: int | None, head: Any) -> _Tables:
     plan, floats = program.plan, program.refs.floats
-    near, _, band = _kinds(plan, offset)
+    kinds = plan.kinds(offset)
     index = jax.lax.iota(jnp.int32, plan.rows)
     distance = (i - j) * plan.rows + index[:, None] - index[None]
     return _Tables(
-        bias=program.by_distance(floats.bias_HX, distance, head) if near and plan.bias else None,
-        taps=program.by_distance(floats.taps_HW, distance, head) if band else None,
+        bias=program.by_distance(floats.bias_HX, distance, head) if kinds.near != "none" and plan.bias else None,
+        taps=program.by_distance(floats.taps_HW, distance, head) if kinds.band else None,
     )
 
 
 def _pair(program: _Program, i: Any, j: Any, offset: int | None) -> _Pair:
     plan = program.plan
-    near, far, band = _kinds(plan, offset)
-    if offset is not None and plan.aligned and plan.rows % plan.group_size == 0:
-        i, j = offset, 0  # Whole groups in a block: the masks do not depend on i, and are made once for all.
+    kinds = plan.kinds(offset)
     index = jax.lax.iota(jnp.int32, plan.rows)
     q_index, k_index = (i * plan.rows + index)[:, None], (j * plan.rows + index)[None]
     q_position, k_position = q_index, k_index
-    seen = in_band = q_index >= k_index
+    past = q_index >= k_index if offset is None or offset == 0 else None
+    seen, in_band = past, None  # Tables hold 0 beyond their ends.
     if not plan.aligned:
         layout = program.refs.layout
         q_run = program.place(layout.value_run, i)[:, None]
-        seen &= (q_run == program.place(layout.key_run, j)[None]) & (q_run >= 0)
-        in_band &= (q_run == program.place(layout.value_run, j)[None]) & (q_run >= 0)
+        seen = _and(past, (q_run == program.place(layout.key_run, j)[None]) & (q_run >= 0))
+        in_band = (q_run == program.place(layout.value_run, j)[None]) & (q_run >= 0)
         q_position = program.place(layout.position, i)[:, None]
         k_position = program.place(layout.position, j)[None]
+    elif plan.lag is None:
+        seen = past & (j >= _lowest(plan, i))  # The convolution may reach blocks that are in the state already.
     groups = _group(q_position, plan) - _group(k_position, plan)
     return _Pair(
-        near=seen & (groups < plan.local_groups) if near else None,
-        far=seen & (groups >= plan.local_groups) if far else None,
-        band=in_band & (q_index - k_index < plan.taps) if band else None,
+        kinds,
+        near=seen if kinds.near == "all" else _and(seen, groups < plan.local_groups),
+        far=seen if kinds.far == "all" else _and(seen, groups >= plan.local_groups),
+        band=in_band,
     )
+
+
+def _and(a: Array | None, b: Array) -> Array:
+    return b if a is None else a & b
 
 
 def _group(position: Array, plan: Plan) -> Array:
@@ -340,20 +360,20 @@ def _weights(
 ) -> _Weights:
     score = local = product = None
     terms = []
-    if pair.near is not None:
+    if pair.has_near:
         product = chunk.times_transposed(q.local, k.local)
         score = _score(form, product, tables)
         if form.local == "softmax":
-            local = jnp.where(pair.near, jnp.exp(score - log_total[:, None]), 0.0)
+            local = _where(pair.near, jnp.exp(score - log_total[:, None]))
         else:
             local = chunk._activation(form.local, score, pair.near)
         terms.append(local)
-    if pair.far is not None:
+    if pair.has_far:
         if product is None or not form.shared:
             product = chunk.times_transposed(q.grouped, k.grouped)
-        terms.append(jnp.where(pair.far, alpha * product, 0.0))
-    if pair.band is not None:
-        terms.append(jnp.where(pair.band, tables.taps, 0.0))
+        terms.append(_where(pair.far, alpha * product))
+    if pair.kinds.band:
+        terms.append(_where(pair.band, tables.taps))
     return _Weights(score, local, sum(terms[1:], terms[0]) if terms else None)
 
 
@@ -370,12 +390,12 @@ UNROLLED = 1
 
 
 def _lowest(plan: Plan, i: Any) -> Any:
-    """The first block that queries of block i see one by one."""
+    """The first block that queries of block i see one by one: the state holds those before it."""
     if plan.lag is not None:
         return jnp.maximum(0, i - plan.lag)
     blocks = plan.group_size // plan.rows
     group = (jax.lax.div(i, jnp.int32(blocks)) - plan.local_groups + 1) * blocks
-    return jnp.maximum(0, jnp.minimum(group, i - plan.band_lag))
+    return jnp.maximum(0, group)
 
 
 def _highest(plan: Plan, j: Any) -> Any:
@@ -384,12 +404,12 @@ def _highest(plan: Plan, j: Any) -> Any:
         return jnp.minimum(plan.blocks - 1, j + plan.lag)
     blocks = plan.group_size // plan.rows
     group = (jax.lax.div(j, jnp.int32(blocks)) + plan.local_groups) * blocks - 1
-    return jnp.minimum(plan.blocks - 1, jnp.maximum(group, j + plan.band_lag))
+    return jnp.minimum(plan.blocks - 1, group)
 
 
 def _unrolled(plan: Plan) -> list[int]:
     """The offsets of a window that is written out, the earliest block first; empty for a loop."""
-    return list(range(plan.lag, -1, -1)) if plan.lag is not None and plan.lag <= UNROLLED else []
+    return list(range(plan.reach, -1, -1)) if plan.lag is not None and plan.reach <= UNROLLED else []
 
 
 def _over_keys(plan: Plan, i: Any, body: Any, carry: Any) -> Any:
@@ -398,7 +418,8 @@ def _over_keys(plan: Plan, i: Any, body: Any, carry: Any) -> Any:
         carry = body(i - offset, offset, carry)
     if _unrolled(plan):
         return carry
-    return jax.lax.fori_loop(_lowest(plan, i), i + 1, lambda j, carry: body(j, None, carry), carry)
+    first = jnp.maximum(0, jnp.minimum(_lowest(plan, i), i - plan.band_lag))
+    return jax.lax.fori_loop(first, i + 1, lambda j, carry: body(j, None, carry), carry)
 
 
 def _over_queries(plan: Plan, j: Any, body: Any, carry: Any) -> Any:
@@ -408,7 +429,8 @@ def _over_queries(plan: Plan, j: Any, body: Any, carry: Any) -> Any:
     if _unrolled(plan):
         return carry
     first = jnp.maximum(j, plan.first_query)
-    return jax.lax.fori_loop(first, _highest(plan, j) + 1, lambda i, carry: body(i, None, carry), carry)
+    last = jnp.minimum(plan.blocks - 1, jnp.maximum(_highest(plan, j), j + plan.band_lag))
+    return jax.lax.fori_loop(first, last + 1, lambda i, carry: body(i, None, carry), carry)
 
 
 def _over_heads(program: _Program, body: Any, carry: Any) -> Any:
@@ -424,6 +446,12 @@ def _part(blocks: int, parts: int, first: int, part: Any) -> tuple[Any, Any]:
     """First and last + 1 block of a part, of `blocks` that begin with block `first`."""
     each = -(-blocks // parts)
     return first + part * each, jnp.minimum(first + (part + 1) * each, first + blocks)
+
+
+def _part_of(blocks: int, parts: int, first: int, part: int) -> tuple[int, int]:
+    """The same outside of a kernel."""
+    each = -(-blocks // parts)
+    return first + part * each, min(first + (part + 1) * each, first + blocks)
 
 
 class _State(NamedTuple):
@@ -444,21 +472,31 @@ def _fold_keys(program: _Program, before: _State, j: Any, grouped_key: Array, va
     return _State(kept + chunk.fold(grouped_key, value, mask[:, None]), run)
 
 
+def _before_queries(program: _Program, after: _State, i: Any) -> tuple[_State, Array | None]:
+    """What of a state's gradient the run of block i's first query keeps, and which queries are of that run."""
+    if program.plan.aligned:
+        return after, None
+    run = program.run_at(i * program.plan.rows)
+    mask = program.place(program.refs.layout.value_run, i) == run
+    return _State(jnp.where(run == after.run, after.state, 0.0), run), mask[:, None]
+
+
+def _fold_head(program: _Program, state: Array, grouped: Array, y_gradient: Array, mask: Any, head: Any) -> Array:
+    """The gradient of the state with a block of queries of one head."""
+    weighted = program.alpha(head) * y_gradient.astype(jnp.float32)
+    return state + chunk.fold(grouped, weighted.astype(grouped.dtype), mask)
+
+
 def _fold_queries(program: _Program, after: _State, i: Any, tile: Any) -> _State:
     """The gradient of the state before block i of queries, of all heads that share it."""
-    plan = program.plan
-    state, run, mask = after.state, None, None
-    if not plan.aligned:
-        run = program.run_at(i * plan.rows)
-        mask = (program.place(program.refs.layout.value_run, i) == run)[:, None]
-        state = jnp.where(run == after.run, state, 0.0)
+    kept, mask = _before_queries(program, after, i)
 
     def fold(head: Any, state: Array) -> Array:
-        grouped = _queries(program, i, head).grouped
-        weighted = program.alpha(head) * program.y_gradient(i, tile, head).astype(jnp.float32)
-        return state + chunk.fold(grouped, weighted.astype(grouped.dtype), mask)
+        return _fold_head(
+            program, state, _queries(program, i, head).grouped, program.y_gradient(i, tile, head), mask, head
+        )
 
-    return _State(_over_heads(program, fold, state), run)
+    return _State(_over_heads(program, fold, kept.state), kept.run)
 
 
 def _own(program: _Program, run_ref: Any, block: Any, state: _State) -> Array | None:
@@ -475,8 +513,11 @@ def _first_state(program: _Program, part: Any, tile: Any, run: Any) -> _State:
     plan, ref = program.plan, program.refs.extra.state_BNKPE
     if not plan.form.grouped:
         return _State(None, None)
-    shape = (padded(plan.grouped_size), plan.tile)
-    state = jnp.zeros(shape, jnp.float32) if ref is None else plgpu.load(*_state_at(program, ref, part, tile), other=0)
+    if ref is None:
+        state = jnp.zeros((padded(plan.grouped_size), plan.tile), jnp.float32)
+    else:
+        at, mask = _state_at(program, ref, part, tile)
+        state = plgpu.load(at, mask=mask, other=0)
     return _State(state, None if plan.aligned else run)
 
 
@@ -539,12 +580,12 @@ def _log_totals(program: _Program, i: Any, q: _Queries, tables: Any, keys: Any) 
 
     def body(j: Any, offset: int | None, carry: Any) -> Any:
         pair = _pair(program, i, j, offset)
-        if pair.near is None:
+        if not pair.has_near:
             return carry
         top, total = carry
         score = _score(form, chunk.times_transposed(q.local, keys(j, offset).local), tables(j, offset))
-        new = jnp.maximum(top, jnp.max(jnp.where(pair.near, score, lowest), axis=1))
-        weight = jnp.where(pair.near, jnp.exp(score - new[:, None]), 0.0)
+        new = jnp.maximum(top, jnp.max(score if pair.near is None else jnp.where(pair.near, score, lowest), axis=1))
+        weight = _where(pair.near, jnp.exp(score - new[:, None]))
         return new, total * jnp.exp(top - new) + jnp.sum(weight, axis=1)
 
     rows = program.plan.rows
@@ -617,10 +658,13 @@ class _QueryOutputs(NamedTuple):
     taps_BHNXrr: Any
 
 
-def _weight_gradient(program: _Program, inner: int, i: Any, j: Any, tile: Any, head: Any) -> Array:
-    """dy v^T of a value tile, or of all `inner` ones."""
+def _weight_gradient(
+    program: _Program, inner: int, i: Any, j: Any, tile: Any, head: Any, given: tuple[Array, Array] | None = None
+) -> Array:
+    """dy v^T of a value tile, which may be given, or of all `inner` ones."""
     if inner == 1:
-        return chunk.times_transposed(program.y_gradient(i, tile, head), program.values(j, tile))
+        y_gradient, value = given or (program.y_gradient(i, tile, head), program.values(j, tile))
+        return chunk.times_transposed(y_gradient, value)
 
     def add(tile: Any, total: Array) -> Array:
         return total + chunk.times_transposed(program.y_gradient(i, tile, head), program.values(j, tile))
@@ -640,8 +684,8 @@ def _query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: _Refs, zer
 
     def block(i: Any, carry: tuple[_State, Array]) -> tuple[_State, Array]:
         state, alpha_gradient = carry
-        q = _queries(program, i)
-        loaded = {offset: (_keys(program, i - offset), None) for offset in _unrolled(plan)}
+        q, y_gradient = _queries(program, i), program.y_gradient(i, tile) if inner == 1 else None
+        loaded = {offset: (_keys(program, i - offset), program.values(i - offset, tile)) for offset in _unrolled(plan)}
         keys = lambda j, offset: loaded[offset][0] if offset in loaded else _keys(program, j)  # noqa: E731
         tables = lambda j, offset: tables_of(i, j, offset)  # noqa: E731
         log_total = _log_totals(program, i, q, tables, keys) if form.local == "softmax" else None
@@ -649,11 +693,15 @@ def _query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: _Refs, zer
             form, q, keys(j, offset), pair, tables(j, offset), alpha, log_total
         )
 
+        def gradient_of(j: Any, offset: int | None) -> Array:
+            given = (y_gradient, loaded[offset][1]) if inner == 1 and offset in loaded else None
+            return _weight_gradient(program, inner, i, j, tile, program.head, given)
+
         def add_delta(j: Any, offset: int | None, delta: Array) -> Array:
             pair = _pair(program, i, j, offset)
-            if pair.near is None:
+            if not pair.has_near:
                 return delta
-            gradient = _weight_gradient(program, inner, i, j, tile, program.head)
+            gradient = gradient_of(j, offset)
             return delta + jnp.sum(weights_of(j, offset, pair).local * gradient, axis=1)
 
         delta = None
@@ -665,28 +713,29 @@ def _query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: _Refs, zer
         def pair(j: Any, offset: int | None, totals: tuple[Array, Array]) -> tuple[Array, Array]:
             from_local, from_grouped = totals
             pair, k = _pair(program, i, j, offset), keys(j, offset)
-            gradient = _weight_gradient(program, inner, i, j, tile, program.head)
+            if pair.empty:
+                return totals
+            gradient = gradient_of(j, offset)
             at = (program.b, program.head, part, i - j, slice(None), slice(None))
-            if pair.near is not None:
+            if pair.has_near:
                 score = _score_gradient(form, weights_of(j, offset, pair), pair, gradient, delta)
                 from_local += chunk.times(score.astype(k.local.dtype), k.local)
                 if plan.bias:
                     plgpu.atomic_add(outputs.bias_BHNXrr, at, score)
-            if pair.far is not None:
-                seen = jnp.where(pair.far, gradient, 0.0)
+            if pair.has_far:
+                seen = _where(pair.far, gradient)
                 from_grouped += chunk.times(seen.astype(k.grouped.dtype), k.grouped)
-            if pair.band is not None:
-                plgpu.atomic_add(outputs.taps_BHNXrr, at, jnp.where(pair.band, gradient, 0.0))
+            if pair.kinds.band:
+                plgpu.atomic_add(outputs.taps_BHNXrr, at, _where(pair.band, gradient))
             return from_local, from_grouped
 
         first = tuple(jnp.zeros((plan.rows, padded(size)), jnp.float32) for size in (plan.size, plan.grouped_size))
         from_local, from_grouped = _over_keys(plan, i, pair, first)
         if form.grouped:
-            y_gradient = program.y_gradient(i, tile)
             far = chunk.times_transposed(y_gradient, state.state.astype(y_gradient.dtype))
             from_grouped += _where(None if plan.aligned else _own(program, refs.layout.value_run, i, state), far)
             alpha_gradient += jnp.sum(from_grouped * q.grouped.astype(jnp.float32))
-            state = _fold_state(program, i, state, loaded, tile)
+            state = _fold_window(program, i, state, loaded, tile)
         gradients = chunk.pull_operand(
             form,
             q.raw,
@@ -703,12 +752,6 @@ def _query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: _Refs, zer
     _, alpha_gradient = jax.lax.fori_loop(first, last, block, (state, jnp.float32(0)))
     if form.grouped:
         outputs.alpha_BHNt[program.b, program.head, part, tile] = alpha_gradient
-
-
-def _fold_state(program: _Program, i: Any, state: _State, loaded: dict[int, Any], tile: Any) -> _State:
-    lag = program.plan.lag
-    with_values = {lag: (loaded[lag][0], program.values(i - lag, tile))} if lag in loaded else {}
-    return _fold_window(program, i, state, with_values, tile)
 
 
 def _store_per_query(program: _Program, ref: Any, i: Any, x: Array) -> None:
@@ -742,42 +785,58 @@ def _key_gradients_kernel(plan: Plan, parts: int, inner: int, local: bool, refs:
     def block(n: Any, state: _State) -> _State:
         j = last - 1 - (n - first)
         k, value = _keys(program, j), program.values(j, tile)
+        from_local, from_grouped, from_value = (
+            jnp.zeros((plan.rows, width), jnp.float32)
+            for width in (padded(plan.size), padded(plan.grouped_size), plan.tile)
+        )
+        mask = None
+        if form.grouped:
+            own = None if plan.aligned else _own(program, refs.layout.key_run, j, state)
+            from_grouped, from_value = chunk.pull_fold(k.grouped, value, own, state.state)
+            if _unrolled(plan):
+                state, mask = _before_queries(program, state, j + plan.lag)
 
-        def of_head(head: Any, totals: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            alpha = program.alpha(head)
+        def of_head(head: Any, totals: Any) -> Any:
+            alpha, folded = program.alpha(head), totals[3]
+            loaded = {
+                offset: (_queries(program, j + offset, head), program.y_gradient(j + offset, tile, head))
+                for offset in _unrolled(plan)
+            }
 
-            def pair(i: Any, offset: int | None, totals: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            def pair(i: Any, offset: int | None, totals: Any) -> Any:
                 from_local, from_grouped, from_value = totals
-                q, pair = _queries(program, i, head), _pair(program, i, j, offset)
-                tables = _tables(program, i, j, offset, head)
+                q, y_gradient = loaded[offset] if offset in loaded else (_queries(program, i, head), None)
+                pair, tables = _pair(program, i, j, offset), _tables(program, i, j, offset, head)
                 log_total = delta = None
                 if form.local == "softmax":
                     log_total = program.per_query(refs.extra.log_total_BHT, i, head, jnp.inf)
                     delta = program.per_query(refs.extra.delta_BHT, i, head, 0.0)
                 weights = _weights(form, q, k, pair, tables, alpha, log_total)
                 if outputs.v is not None and weights.total is not None:
-                    y_gradient = program.y_gradient(i, tile, head)
+                    y_gradient = program.y_gradient(i, tile, head) if y_gradient is None else y_gradient
                     from_value += chunk.transposed_times(weights.total.astype(y_gradient.dtype), y_gradient)
-                has_local, has_far = local and pair.near is not None, pair.far is not None
+                has_local, has_far = local and pair.has_near, pair.has_far
                 if has_local or has_far:
-                    gradient = _weight_gradient(program, inner, i, j, tile, head)
+                    given = (y_gradient, value) if inner == 1 and y_gradient is not None else None
+                    gradient = _weight_gradient(program, inner, i, j, tile, head, given)
                     if has_local:
                         score = _score_gradient(form, weights, pair, gradient, delta)
                         from_local += chunk.transposed_times(score.astype(q.local.dtype), q.local)
                     if has_far:
-                        seen = jnp.where(pair.far, alpha * gradient, 0.0)
+                        seen = _where(pair.far, alpha * gradient)
                         from_grouped += chunk.transposed_times(seen.astype(q.grouped.dtype), q.grouped)
                 return from_local, from_grouped, from_value
 
-            return _over_queries(plan, j, pair, totals)
+            totals = _over_queries(plan, j, pair, totals[:3])
+            if form.grouped and loaded:
+                q, y_gradient = loaded[plan.lag]
+                folded = _fold_head(program, folded, q.grouped, y_gradient, mask, head)
+            return (*totals, folded)
 
-        widths = padded(plan.size), padded(plan.grouped_size), plan.tile
-        zeros = tuple(jnp.zeros((plan.rows, width), jnp.float32) for width in widths)
-        from_local, from_grouped, from_value = _over_heads(program, of_head, zeros)
-        if form.grouped:
-            own = None if plan.aligned else _own(program, refs.layout.key_run, j, state)
-            to_key, to_value = chunk.pull_fold(k.grouped, value, own, state.state)
-            from_grouped, from_value = from_grouped + to_key, from_value + to_value
+        totals = _over_heads(program, of_head, (from_local, from_grouped, from_value, state.state))
+        from_local, from_grouped, from_value, folded = totals
+        state = _State(folded, state.run)
+        if form.grouped and not _unrolled(plan):
             state = _fold_leaving(program, j, state, tile)
         gradients = chunk.pull_operand(
             form,
@@ -918,7 +977,7 @@ def _query_gradients(plan: Plan, inner: int, floats: Floats, layout: Layout | No
     partial = plan.tiles > 1
     grid = (plan.batch, plan.heads, parts, tiles)
     per_query = jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.tokens), jnp.float32)
-    pairs = (*grid[:3], plan.window_blocks, plan.rows, plan.rows)
+    pairs = (*grid[:3], plan.reach + 1, plan.rows, plan.rows)
     softmax = plan.form.local == "softmax"
     own = plan.form.own_grouped
     outputs = _QueryOutputs(
