@@ -24,34 +24,39 @@ STATE_SHARE = 0.04
 BLOCKS_PER_PART = 4
 # float32 numbers of the state that a program carries; more do not fit its registers beside the blocks.
 STATE_SIZE = 128 * 128
+# Values of a head up to here take the sizes of the pass `forward`.
+NARROW = 128
 # Slots in the local window: beyond this softmax attention's own kernels are the right form.
 MOST_SLOTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Sizes that depend on the device: one row of the table `gpu_blocks.json`.
+    """Sizes of one pass on one device, from the table `gpu_blocks.json`.
 
     Attributes:
         rows: tokens in a block.
         value_tile: values of a head that one program computes, at most.
-        programs: programs that fill the chip: its multiprocessors.
         warps: warps of a program.
         stages: depth of the software pipeline of loads.
+        programs: programs that fill the chip: its multiprocessors.
     """
 
     rows: int
     value_tile: int
-    programs: int
     warps: int
     stages: int
+    programs: int
 
 
-def tuning(device_kind: str) -> Tuning:
-    """The row of the table whose name occurs in `device_kind`, else its default row."""
+def tuning(device_kind: str, name: str) -> Tuning:
+    """Sizes of the pass `name` in the row of the table whose name occurs in `device_kind`, else in the default row.
+
+    The passes are forward, forward_wide (of values wider than NARROW) and backward.
+    """
     table = json.loads(resources.files(__package__).joinpath("gpu_blocks.json").read_text())
-    name = next((name for name in table if name in device_kind), "default")
-    return Tuning(**table[name])
+    row = table[next((kind for kind in table if kind in device_kind), "default")]
+    return Tuning(programs=row["programs"], **row[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,15 +196,32 @@ def padded(size: int) -> int:
     return max(16, 1 << max(0, size - 1).bit_length())
 
 
-def make_plan(inputs: Inputs, form: Form, device_kind: str) -> Plan:
-    """The plan for `inputs` on a device of this kind."""
-    sizes = tuning(device_kind)
+class Plans(NamedTuple):
+    """The plans of the two passes."""
+
+    forward: Plan
+    backward: Plan
+
+
+def make_plans(inputs: Inputs, form: Form, device_kind: str) -> Plans:
+    """The plans for `inputs` on a device of this kind."""
+    wide = inputs.v_BTKE.shape[-1] > NARROW
+    plans = Plans(
+        _make_plan(inputs, form, tuning(device_kind, "forward_wide" if wide else "forward"), device_kind),
+        _make_plan(inputs, form, tuning(device_kind, "backward"), device_kind),
+    )
+    if inputs.fresh:
+        return plans
+    context = max(plan.reach * plan.rows for plan in plans)
+    context = -(-context // max(plan.rows for plan in plans)) * max(plan.rows for plan in plans)
+    return Plans(*(dataclasses.replace(plan, context=context) for plan in plans))
+
+
+def _make_plan(inputs: Inputs, form: Form, sizes: Tuning, device_kind: str) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
-    G, R = inputs.group_size, inputs.local_groups
-    taps = 0 if inputs.conv_WH is None else inputs.conv_WH.shape[0]
     rows = min(sizes.rows, padded(T))
-    plan = Plan(
+    return Plan(
         form=form,
         tuning=dataclasses.replace(sizes, rows=rows),
         batch=B,
@@ -210,17 +232,16 @@ def make_plan(inputs: Inputs, form: Form, device_kind: str) -> Plan:
         size=D,
         grouped_size=D if inputs.grouped_q_BTHP is None else inputs.grouped_q_BTHP.shape[-1],
         value_size=E,
-        group_size=G,
-        local_groups=R,
-        taps=taps,
+        group_size=inputs.group_size,
+        local_groups=inputs.local_groups,
+        taps=0 if inputs.conv_WH is None else inputs.conv_WH.shape[0],
         bias=inputs.bias_XH is not None and inputs.local != "none",
         aligned=inputs.aligned,
         initial=not inputs.fresh,
-        lag=_lag(rows, G, R, inputs.aligned),
+        lag=_lag(rows, inputs.group_size, inputs.local_groups, inputs.aligned),
         itemsize=inputs.v_BTKE.dtype.itemsize,
         interpret="NVIDIA" not in device_kind,
     )
-    return plan if inputs.fresh else dataclasses.replace(plan, context=plan.reach * rows)
 
 
 def _lag(rows: int, G: int, R: int, aligned: bool) -> int | None:
@@ -236,11 +257,12 @@ def refusal(inputs: Inputs, device_kind: str) -> str | None:
     sizes = {inputs.q_BTHD.shape[-1], inputs.k_BTKD.shape[-1]}
     if inputs.grouped_q_BTHP is not None:
         sizes.add(inputs.grouped_q_BTHP.shape[-1])
-    types = {x.dtype for x in (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP) if x is not None}
+    arrays = inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP
+    types = sorted({str(x.dtype) for x in arrays if x is not None})
     if not inputs.causal:
         return "it is causal only"
-    if len(types) > 1 or str(next(iter(types))) not in ("bfloat16", "float16", "float32"):
-        return f"it needs queries, keys and values of one type, bfloat16, float16 or float32, not {', '.join(sorted(map(str, types)))}"
+    if len(types) > 1 or types[0] not in ("bfloat16", "float16", "float32"):
+        return f"it needs arrays of one type, bfloat16, float16 or float32, not {', '.join(types)}"
     if max(sizes) > 256:
         return f"its heads have at most 256 channels, not {max(sizes)}"
     if inputs.slots > MOST_SLOTS:

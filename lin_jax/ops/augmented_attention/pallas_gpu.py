@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from lin_jax.ops.augmented_attention import chunk
 from lin_jax.ops.augmented_attention.chunk import Form
-from lin_jax.ops.augmented_attention.gpu_plan import Kinds, Plan, make_plan, padded
+from lin_jax.ops.augmented_attention.gpu_plan import Kinds, Plan, Plans, make_plans, padded
 from lin_jax.ops.augmented_attention.gpu_plan import refusal as refusal
 from lin_jax.ops.augmented_attention.inputs import Inputs
 from lin_jax.ops.layout import token_layout
@@ -91,19 +91,20 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], N
         normalise=inputs.normalise,
         own_grouped=inputs.grouped_q_BTHP is not None,
     )
-    plan = make_plan(inputs, form, device_kind)
-    layout = None if inputs.aligned else _layout(inputs, plan)
-    return _attend(plan, _floats(inputs, plan), layout), None
+    plans = make_plans(inputs, form, device_kind)
+    context = plans.forward.context
+    layout = None if inputs.aligned else _layout(inputs, context)
+    return _attend(plans, _floats(inputs, context), layout), None
 
 
-def _floats(inputs: Inputs, plan: Plan) -> Floats:
+def _floats(inputs: Inputs, length: int) -> Floats:
     context = None if inputs.fresh else context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
 
     def join(before: Array | None, row: Array | None) -> Array | None:
         """The tokens that an initial state remembers go before the row's: the only copy of keys and values."""
         if before is None or row is None:
             return row
-        return jnp.concatenate([_ending(before, plan.context), row], axis=1)
+        return jnp.concatenate([_ending(before, length), row], axis=1)
 
     return Floats(
         q_BTHD=inputs.q_BTHD,
@@ -124,19 +125,18 @@ def _ending(x: Array, length: int, fill: int = 0) -> Array:
     return jnp.pad(x, ((0, 0), (length - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
 
 
-def _layout(inputs: Inputs, plan: Plan) -> Layout:
+def _layout(inputs: Inputs, length: int) -> Layout:
     row = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
     real_run = jnp.where(row.real_BT, row.run_BT, -1)
     if inputs.fresh:
         return Layout(row.run_BT, real_run, real_run, row.position_BT)
     context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
-    U = plan.context
     join = lambda before, row: jnp.concatenate([before, row], axis=1)  # noqa: E731
     return Layout(
-        run=join(jnp.zeros_like(row.run_BT, shape=(row.run_BT.shape[0], U)), row.run_BT),
-        key_run=join(_ending(-context.folded_BU.astype(jnp.int32), U, -1), real_run),
-        value_run=join(_ending(-(context.position_BU < 0).astype(jnp.int32), U, -1), real_run),
-        position=join(_ending(context.position_BU, U, -1), row.position_BT),
+        run=join(jnp.zeros_like(row.run_BT, shape=(row.run_BT.shape[0], length)), row.run_BT),
+        key_run=join(_ending(-context.folded_BU.astype(jnp.int32), length, -1), real_run),
+        value_run=join(_ending(-(context.position_BU < 0).astype(jnp.int32), length, -1), real_run),
+        position=join(_ending(context.position_BU, length, -1), row.position_BT),
     )
 
 
@@ -295,6 +295,8 @@ def _pair(program: _Program, i: Any, j: Any, offset: int | None) -> _Pair:
         in_band = (q_run == program.place(layout.value_run, j)[None]) & (q_run >= 0)
         q_position = program.place(layout.position, i)[:, None]
         k_position = program.place(layout.position, j)[None]
+    elif plan.form.local == "softmax" and past is None:
+        seen = k_index >= 0  # Other activations of what is not there meet values of 0.
     elif plan.lag is None:
         seen = past & (j >= _lowest(plan, i))  # The convolution may reach blocks that are in the state already.
     groups = _group(q_position, plan) - _group(k_position, plan)
@@ -373,7 +375,7 @@ def _weights(
             product = chunk.times_transposed(q.grouped, k.grouped)
         terms.append(_where(pair.far, alpha * product))
     if pair.kinds.band:
-        terms.append(_where(pair.band, tables.taps))
+        terms.append(_where(pair.band, tables.taps.astype(jnp.float32)))
     return _Weights(score, local, sum(terms[1:], terms[0]) if terms else None)
 
 
@@ -596,8 +598,14 @@ def _log_totals(program: _Program, i: Any, q: _Queries, tables: Any, keys: Any) 
 
 def _window_tables(program: _Program, head: Any) -> Any:
     """A function (i, j, offset) -> tables; those of a window that is written out are read once, before the loop."""
-    known = {offset: _tables(program, offset, 0, offset, head) for offset in _unrolled(program.plan)}
+    known = {offset: _narrow(program, _tables(program, offset, 0, offset, head)) for offset in _unrolled(program.plan)}
     return lambda i, j, offset: known[offset] if offset in known else _tables(program, i, j, offset, head)
+
+
+def _narrow(program: _Program, tables: _Tables) -> _Tables:
+    """Taps in the type of the weights that they are added to, which saves registers."""
+    taps = None if tables.taps is None else tables.taps.astype(program.refs.floats.v_BLKE.dtype)
+    return tables._replace(taps=taps)
 
 
 def _forward_kernel(plan: Plan, parts: int, refs: _Refs, y_ref: Any) -> None:
@@ -621,10 +629,12 @@ def _forward_kernel(plan: Plan, parts: int, refs: _Refs, y_ref: Any) -> None:
             weights = _weights(form, q, keys(j, offset), pair, tables(j, offset), alpha, log_total)
             return y if weights.total is None else y + chunk.times(weights.total.astype(value.dtype), value)
 
-        y = _over_keys(plan, i, pair, jnp.zeros((plan.rows, plan.tile), jnp.float32))
+        y = jnp.zeros((plan.rows, plan.tile), jnp.float32)
         if form.grouped:
             far = alpha * chunk.times(q.grouped, state.state.astype(q.grouped.dtype))
-            y += _where(None if plan.aligned else _own(program, refs.layout.value_run, i, state), far)
+            y = _where(None if plan.aligned else _own(program, refs.layout.value_run, i, state), far)
+        y = _over_keys(plan, i, pair, y)
+        if form.grouped:
             state = _fold_window(program, i, state, loaded, tile)
         _store(program, y_ref, i * plan.rows - plan.context, program.head, tile * plan.tile, y)
         return state
@@ -936,7 +946,8 @@ def _prefix(first_BKPE: Array, sums_BNKPE: Array, continues_BN: Array | None) ->
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, floats: Floats, layout: Layout | None) -> Array:
+def _attend(plans: Plans, floats: Floats, layout: Layout | None) -> Array:
+    plan = plans.forward
     parts = plan.parts(plan.heads)
     states = _states(plan, parts, floats, layout, None)
     return _call(
@@ -948,12 +959,12 @@ def _attend(plan: Plan, floats: Floats, layout: Layout | None) -> Array:
     )
 
 
-def _attend_forward(plan: Plan, floats: Floats, layout: Layout | None) -> tuple[Array, Any]:
-    return _attend(plan, floats, layout), (floats, layout)
+def _attend_forward(plans: Plans, floats: Floats, layout: Layout | None) -> tuple[Array, Any]:
+    return _attend(plans, floats, layout), (floats, layout)
 
 
-def _attend_backward(plan: Plan, saved: Any, y_gradient: Array) -> tuple[Floats, None]:
-    floats, layout = saved
+def _attend_backward(plans: Plans, saved: Any, y_gradient: Array) -> tuple[Floats, None]:
+    (floats, layout), plan = saved, plans.backward
     if plan.tiles == 1:
         queries = _query_gradients(plan, 1, floats, layout, y_gradient)
         keys = _key_gradients(plan, 1, True, True, floats, layout, y_gradient, queries)
