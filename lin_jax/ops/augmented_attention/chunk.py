@@ -223,7 +223,7 @@ def erf(x: Array) -> Array:
 def _activation(local: str, score: Array, near: Array | None) -> Array:
     """a(score) where `near`, else 0; see `lin_jax.ops.activations`."""
     if local == "softmax":
-        lowest = jnp.finfo(score.dtype).min
+        lowest = float(jnp.finfo(jnp.float32).min)
         score = _where(near, score, lowest)
         weight = _where(near, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0.0)
         total = jnp.sum(weight, axis=-1, keepdims=True)
@@ -299,14 +299,14 @@ def attend(
 
 def fold(grouped_key: Array, value: Array, mask: Array | None) -> Array:
     """What tokens add to the state, float32 [P, E]: the sum of phi(k) v^T. `mask` is [tokens, 1]."""
-    return transposed_times(_where(mask, grouped_key, 0), value)
+    return transposed_times(_where(mask, grouped_key, 0.0), value)
 
 
 def pull_fold(grouped_key: Array, value: Array, mask: Array | None, state_gradient: Array) -> tuple[Array, Array]:
     """Gradients of `grouped_key` and `value` in `fold`, float32."""
     narrow = state_gradient.astype(value.dtype)
     key_gradient = times_transposed(value, narrow)
-    value_gradient = times(_where(mask, grouped_key, 0), narrow)
+    value_gradient = times(_where(mask, grouped_key, 0.0), narrow)
     return _where(mask, key_gradient, 0.0), value_gradient
 
 
@@ -352,7 +352,7 @@ def pull_keys(
     if x.grouped_query is not None and x.grouped_key is not None:
         seen = _where(masks.far, alpha * weight_gradient, 0.0)
         grouped_key = transposed_times(seen.astype(x.grouped_query.dtype), x.grouped_query)
-        state = alpha * transposed_times(_where(masks.own, x.grouped_query, 0), y_gradient)
+        state = alpha * transposed_times(_where(masks.own, x.grouped_query, 0.0), y_gradient)
     return KeyGradients(key, grouped_key, transposed_times(weights.total.astype(y_gradient.dtype), y_gradient), state)
 
 
