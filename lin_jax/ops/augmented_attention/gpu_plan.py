@@ -11,9 +11,10 @@ sees the blocks `lowest(i)` .. i of keys one by one and everything before them i
 """
 
 import dataclasses
-import json
+import functools
+import tomllib
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lin_jax.ops.augmented_attention.chunk import Form
 from lin_jax.ops.augmented_attention.inputs import Inputs
@@ -32,7 +33,7 @@ MOST_SLOTS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Sizes of one pass on one device, from the table `gpu_blocks.json`.
+    """Sizes of one pass on one device, from the table `gpu_blocks.toml`.
 
     Attributes:
         rows: tokens in a block.
@@ -49,13 +50,18 @@ class Tuning:
     programs: int
 
 
+@functools.cache
+def table() -> dict[str, Any]:
+    """The sizes of every device."""
+    return tomllib.loads((resources.files(__package__) / "gpu_blocks.toml").read_text())
+
+
 def tuning(device_kind: str, name: str) -> Tuning:
     """Sizes of the pass `name` in the row of the table whose name occurs in `device_kind`, else in the default row.
 
     The passes are forward, forward_wide (of values wider than NARROW) and backward.
     """
-    table = json.loads(resources.files(__package__).joinpath("gpu_blocks.json").read_text())
-    row = table[next((kind for kind in table if kind in device_kind), "default")]
+    row = table()[next((kind for kind in table() if kind in device_kind), "default")]
     return Tuning(programs=row["programs"], **row[name])
 
 

@@ -368,7 +368,7 @@ def _weights(
         if form.local == "softmax":
             local = _where(pair.near, jnp.exp(score - log_total[:, None]))
         else:
-            local = chunk._activation(form.local, score, pair.near)
+            local = chunk.activation(form.local, score, pair.near)
         terms.append(local)
     if pair.has_far:
         if product is None or not form.shared:
@@ -383,7 +383,7 @@ def _score_gradient(form: Form, weights: _Weights, pair: _Pair, gradient: Array,
     """Gradient of the scores from that of the weights; `delta` is softmax's sum of weight * gradient over the window."""
     if form.local == "softmax":
         return weights.local * (gradient - delta[:, None])
-    return chunk._pull_activation(form.local, weights.score, weights.local, pair.near, gradient)
+    return chunk.pull_activation(form.local, weights.score, weights.local, pair.near, gradient)
 
 
 # Going through blocks. Windows of up to UNROLLED earlier blocks are written out, longer ones are a loop.
