@@ -16,6 +16,7 @@ import tomllib
 from importlib import resources
 from typing import Any, NamedTuple
 
+from lin_jax.ops.augmented_attention.blocks import form_of
 from lin_jax.ops.augmented_attention.chunk import Form
 from lin_jax.ops.augmented_attention.inputs import Inputs
 
@@ -209,12 +210,12 @@ class Plans(NamedTuple):
     backward: Plan
 
 
-def make_plans(inputs: Inputs, form: Form, device_kind: str) -> Plans:
+def make_plans(inputs: Inputs, device_kind: str) -> Plans:
     """The plans for `inputs` on a device of this kind."""
     wide = inputs.v_BTKE.shape[-1] > NARROW
     plans = Plans(
-        _make_plan(inputs, form, tuning(device_kind, "forward_wide" if wide else "forward"), device_kind),
-        _make_plan(inputs, form, tuning(device_kind, "backward"), device_kind),
+        _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward"), device_kind),
+        _make_plan(inputs, tuning(device_kind, "backward"), device_kind),
     )
     if inputs.fresh:
         return plans
@@ -223,12 +224,12 @@ def make_plans(inputs: Inputs, form: Form, device_kind: str) -> Plans:
     return Plans(*(dataclasses.replace(plan, context=context) for plan in plans))
 
 
-def _make_plan(inputs: Inputs, form: Form, sizes: Tuning, device_kind: str) -> Plan:
+def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
     rows = min(sizes.rows, padded(T))
     return Plan(
-        form=form,
+        form=form_of(inputs),
         tuning=dataclasses.replace(sizes, rows=rows),
         batch=B,
         tokens=T,

@@ -83,15 +83,7 @@ class _Refs(NamedTuple):
 
 def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], None]:
     """Augmented attention of `inputs` on a device of this kind; on a CPU the kernels are interpreted."""
-    form = Form(
-        local=inputs.local,
-        score_scale=inputs.score_scale,
-        grouped=inputs.grouped,
-        feature_map=inputs.feature_map,
-        normalise=inputs.normalise,
-        own_grouped=inputs.grouped_q_BTHP is not None,
-    )
-    plans = make_plans(inputs, form, device_kind)
+    plans = make_plans(inputs, device_kind)
     context = plans.forward.context
     layout = None if inputs.aligned else _layout(inputs, context)
     return _attend(plans, _floats(inputs, context), layout), None
