@@ -33,13 +33,44 @@ def assert_equals_the_reference(case, tolerance=1e-4):
     "options",
     [
         # A group of several blocks, several parts of the row, value tiles, a filter longer than a block.
-        {"T": 150, "B": 1, "K": 1, "J": 1, "D": 5, "E": 40, "group_size": 32, "taps": 20, "own_grouped": True, "bias": True},
+        {
+            "T": 150,
+            "B": 1,
+            "K": 1,
+            "J": 1,
+            "D": 5,
+            "E": 40,
+            "group_size": 32,
+            "taps": 20,
+            "own_grouped": True,
+            "bias": True,
+        },
         # Several groups in a block, several parts of the row, segments over their borders, shared keys.
         {"T": 150, "B": 1, "K": 1, "J": 2, "group_size": 8, "taps": 13, "segments": True, "normalise": True},
         # Softmax over a window that begins before the row, in value tiles; a group is a block.
-        {"T": 40, "B": 1, "K": 1, "J": 1, "E": 20, "group_size": 16, "local_groups": 2, "local": "softmax", "bias": True},
+        {
+            "T": 40,
+            "B": 1,
+            "K": 1,
+            "J": 1,
+            "E": 20,
+            "group_size": 16,
+            "local_groups": 2,
+            "local": "softmax",
+            "bias": True,
+        },
         # Neither group nor block divides the other.
-        {"T": 50, "B": 1, "K": 1, "J": 3, "group_size": 12, "taps": 0, "own_grouped": True, "local": "laplace"},
+        {
+            "T": 50,
+            "B": 1,
+            "K": 1,
+            "J": 3,
+            "group_size": 12,
+            "taps": 0,
+            "own_grouped": True,
+            "local": "laplace",
+            "feature_map": "elu1",
+        },
     ],
 )
 def test_blocks_parts_and_tiles(options):

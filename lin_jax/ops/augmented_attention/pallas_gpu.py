@@ -187,7 +187,11 @@ class _Program:
 
     def operands(self, x: Array, grouped: Array | None) -> tuple[Array | None, Array | None]:
         """As they are multiplied, in the local and in the grouped branch."""
-        return chunk.operand(self.plan.form, x, grouped)
+        local, mapped = chunk.operand(self.plan.form, x, grouped)
+        if mapped is not None and self.plan.form.feature_map == "elu1":  # It is 1 in channels that do not exist.
+            channel = jax.lax.iota(jnp.int32, mapped.shape[1])
+            mapped = jnp.where((channel < self.plan.grouped_size)[None], mapped, jnp.zeros_like(mapped))
+        return local, mapped
 
     def values(self, j: Any, tile: Any) -> Array:
         """Values of block j in a value tile."""
@@ -524,7 +528,9 @@ def _state_at(program: _Program, ref: Any, part: Any, tile: Any) -> tuple[Any, A
     return at, (row < P)[:, None] & (column < E)[None]
 
 
-def _store(program: _Program, ref: Any, start: Any, head: Any, column: Any, x: Array, lead: tuple[Any, ...] = ()) -> None:
+def _store(
+    program: _Program, ref: Any, start: Any, head: Any, column: Any, x: Array, lead: tuple[Any, ...] = ()
+) -> None:
     """Writes rows of an array [..., B, tokens, heads, channels] from a token and channel on, as far as they exist."""
     tokens, channels = ref.shape[-3], ref.shape[-1]
     rows, columns = x.shape
@@ -551,7 +557,9 @@ def _program_of_key_head(plan: Plan, refs: _Refs) -> tuple[_Program, Any, Any]:
 def _sums_kernel(plan: Plan, parts: int, reverse: bool, refs: _Refs, sums_ref: Any) -> None:
     """What part `part` adds to the state of the next, or (reverse) what part `part` + 1 adds to the gradient of this."""
     program, part, tile = _program_of_key_head(plan, refs)
-    state = _State(jnp.zeros((padded(plan.grouped_size), plan.tile), jnp.float32), None if plan.aligned else jnp.int32(-3))
+    state = _State(
+        jnp.zeros((padded(plan.grouped_size), plan.tile), jnp.float32), None if plan.aligned else jnp.int32(-3)
+    )
     if reverse:
         first, last = _part(plan.blocks, parts, 0, part + 1)
         start, stop = _highest(plan, first - 1) + 1, _highest(plan, last - 1) + 1
@@ -675,7 +683,9 @@ def _weight_gradient(
     return jax.lax.fori_loop(0, inner, add, jnp.zeros((rows, rows), jnp.float32))
 
 
-def _query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: _Refs, zeros: Any, outputs: _QueryOutputs) -> None:
+def _query_gradients_kernel(
+    plan: Plan, parts: int, inner: int, refs: _Refs, zeros: Any, outputs: _QueryOutputs
+) -> None:
     """Gradients of queries, alpha, bias and taps of a part, for one query head and value tile (or `inner` tiles)."""
     del zeros  # The same memory as the outputs of bias and taps.
     form = plan.form
@@ -871,7 +881,9 @@ def _fold_leaving(program: _Program, j: Any, state: _State, tile: Any) -> _State
 # The calls.
 
 
-def _call(kernel: Any, plan: Plan, grid: tuple[int, ...], arguments: Any, outputs: Any, aliases: dict[int, int] | None = None) -> Any:
+def _call(
+    kernel: Any, plan: Plan, grid: tuple[int, ...], arguments: Any, outputs: Any, aliases: dict[int, int] | None = None
+) -> Any:
     """`kernel(*references to arguments, references to outputs)` for every point of the grid."""
     (written,) = pl.pallas_call(
         kernel,
@@ -997,7 +1009,9 @@ def _query_gradients(plan: Plan, inner: int, floats: Floats, layout: Layout | No
     zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in outputs[5:] if x is not None)
     leaves, count = len(jax.tree.leaves(refs)), len(jax.tree.leaves(outputs))
     aliases = {leaves + n: count - len(zeros) + n for n in range(len(zeros))}
-    return _call(functools.partial(_query_gradients_kernel, plan, parts, inner), plan, grid, (refs, zeros), outputs, aliases)
+    return _call(
+        functools.partial(_query_gradients_kernel, plan, parts, inner), plan, grid, (refs, zeros), outputs, aliases
+    )
 
 
 def _key_gradients(
