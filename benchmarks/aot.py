@@ -1,9 +1,11 @@
-"""Compiles augmented attention for TPUs that are not here, and prints the temporary memory of each program.
+"""Compiles augmented attention for TPUs and GPUs that are not here, and prints the temporary memory of each program.
 
 python -m benchmarks.aot
 python -m benchmarks.aot --targets v5e --shapes flash110m-1024 --implementations pallas_tpu xla
+python -m benchmarks.aot --targets a100 h100 --implementations pallas_gpu xla
 
-Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU: one target a process. Nothing is run.
+Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU; for GPUs see `benchmarks.cuda_targets`. One target a process.
+Nothing is run.
 
 The arrays are as projections give them, [B, T, H D]: of four axes, [B, T, H, D], a TPU keeps heads in tiles, and an
 argument or result of a program in that form is copied.
@@ -25,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import cuda_targets
 from benchmarks.common import write_json
 from lin_jax.config import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
-from lin_jax.ops.augmented_attention import augmented_attention, pallas_tpu
+from lin_jax.ops.augmented_attention import augmented_attention, gpu_plan, pallas_tpu
 from lin_jax.ops.augmented_attention.blocks import make_plan
 from lin_jax.train import sharding
 from lin_jax.train.loop import abstract_batch, make_parts, make_step
@@ -52,7 +55,9 @@ DIRECTIONS = ("forward", "backward")
 
 
 def prepare(target: str) -> None:
-    """Tells libtpu of the target; before JAX starts its backends."""
+    """Tells libtpu of the target, or JAX of the CUDA compiler; before JAX starts its backends."""
+    if target in cuda_targets.GPUS:
+        return cuda_targets.prepare()
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -64,6 +69,8 @@ def prepare(target: str) -> None:
 
 def devices(target: str) -> Any:
     """Devices of the target's topology, to compile for."""
+    if target in cuda_targets.GPUS:
+        return [cuda_targets.device(target)]
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target].topology).devices
@@ -153,7 +160,8 @@ def compile_case(case: Case, implementation: str, direction: str, device: Any) -
             q, v = case.shapes["q_BTHD"], case.shapes["v_BTKE"]
             y = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[2] * v.shape[3]), v.dtype, sharding=place)
             traced = jax.jit(backward).trace(arrays, y)
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        platform = "cuda" if device.platform == "gpu" else device.platform
+        return traced.lower(lowering_platforms=(platform,)).compile()
 
 
 def yardstick(case: Case, direction: str) -> int:
@@ -198,6 +206,8 @@ def print_rows(rows: list[dict[str, Any]], header: bool) -> None:
 def check(target: str) -> None:
     """Compiles small shapes, and blocks that the compiler must refuse, and prints what came out."""
     device = devices(target)[0]
+    if target in cuda_targets.GPUS:
+        return check_gpu(device)
     small = llama2_7b(300)
     narrow, wide = make(1, 64, 2, 2, 64, 64, taps=4, local="relu2", group_size=16), flash110m(1024)
 
@@ -242,8 +252,8 @@ def train_step(name: str, implementation: str, target: str) -> Any:
         data=DataConfig(batch_size=8, sequence_length=1024),
         mesh=MeshConfig(data=2, fsdp=2),
     )
-    mesh = sharding.make_mesh(config.mesh, devices(target)[:4])
-    parts = make_parts(config, mesh)
+    partition = sharding.make_partition(config.mesh, devices(target)[:4])
+    parts = make_parts(config, partition)
     state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
     return make_step(parts).trace(state, abstract_batch(parts)).lower(lowering_platforms=("tpu",)).compile()
 
@@ -264,10 +274,30 @@ def measure_training(target: str, implementations: list[str]) -> None:
         )
 
 
+def check_gpu(device: Any) -> None:
+    """The same for a GPU: small shapes, and blocks that do not fit into its shared memory."""
+    small, sizes = llama2_7b(300), gpu_plan.tuning
+
+    def attempt(name: str, direction: str, **illegal: Any) -> None:
+        def tuning(*arguments: Any) -> Any:
+            return dataclasses.replace(sizes(*arguments), **illegal)
+
+        try:
+            with mock.patch.object(gpu_plan, "tuning", tuning):
+                compile_case(small, "pallas_gpu", direction, device)
+            print(f"{name}: compiled")
+        except Exception as error:
+            print(f"{name}: {' '.join(str(error).split())[:1000]}")
+
+    for direction in DIRECTIONS:
+        attempt(direction, direction)
+    attempt("more memory than it may use", "forward", rows=512)
+
+
 def main() -> None:
     """One target in this process, several in one process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, *cuda_targets.GPUS], default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--implementations", nargs="+", default=["pallas_tpu", "xla"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))

@@ -54,7 +54,7 @@ _REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least me
 
 Kind = Literal["augmented", "quadratic", "softmax", "longlora"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
-Implementation = Literal["xla", "reference", "pallas_tpu"]
+Implementation = Literal["xla", "reference", "pallas_tpu", "pallas_gpu"]
 FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
 
 
