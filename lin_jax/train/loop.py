@@ -173,7 +173,7 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         config.workdir,
         step,
         config.train.steps,
-        step_flops(config).needed,
+        float(step_flops(config).needed),
         report,
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
