@@ -49,7 +49,7 @@ def plan(config: Config) -> str:
     tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops_per_token(config.model, config.data.sequence_length) * tokens
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
-    told = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1)
+    told = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
     return "\n".join([f"{config.plan}: {told}; {tokens:,} tokens and {flops:.3g} FLOPs a step", *lines])
 
 
