@@ -197,7 +197,7 @@ def _one_to_ours(entry: Entry, name: str, theirs: Tensors, like: Any, where: Any
             found = entry.to_ours(theirs[name])[index]
         else:
             found = entry.to_ours(theirs.part(name, entry.cut(index)))
-        return found.astype(like.dtype, copy=False)
+        return np.asarray(found).astype(like.dtype, copy=False)
 
     if where is None:
         return jax.device_put(part((slice(None),) * len(like.shape)))

@@ -1,9 +1,9 @@
 """Checkpoints: model, optimizer, data position and settings, saved while training goes on.
 
 A checkpoint is a directory `workdir/checkpoints/STEP` with four items: `model` (trained parameters and constants),
-`training` (step and optimizer), `data` (the iterator's position) and `meta` (settings, and a checksum of every array,
-since a changed byte inside an array is read back without complaint). Frozen parameters stay where they came from, in
-`finetune.checkpoint`; `meta` has their checksums.
+`training` (step and optimizer), `data` (the iterator's position) and `meta` (settings, the fingerprint of the training
+text, and a checksum of every array, since a changed byte inside an array is read back without complaint). Frozen
+parameters stay where they came from, in `finetune.checkpoint`; `meta` has their checksums.
 """
 
 import dataclasses
@@ -78,13 +78,14 @@ class Restored:
     unreadable: tuple[int, ...] = ()
 
 
-def restore(config: Config, abstract: TrainState, frozen: Any, iterator: Any, report: Report) -> Restored:
+def restore(config: Config, abstract: TrainState, frozen: Any, text: str, iterator: Any, report: Report) -> Restored:
     """The newest checkpoint that can be read, on the devices that `abstract` names; nothing is written.
 
     Args:
         config: the settings of the run that wants to go on.
         abstract: shapes, types and shardings of the state; the mesh may differ from the one that saved it.
         frozen: the parameters that do not train, which checkpoints do not hold.
+        text: the fingerprint of the training text, in which a position means what it meant.
         iterator: the data iterator, which is set to its position.
         report: is told of checkpoints that cannot be read.
 
@@ -100,6 +101,7 @@ def restore(config: Config, abstract: TrainState, frozen: Any, iterator: Any, re
             try:
                 meta = read_meta(manager, step)
                 _require_same_settings(meta["config"], config)
+                _require_same_text(meta, text, config)
                 require_same_frozen(frozen, meta, config)
                 state = _restore_state(manager, step, meta, abstract, iterator)
                 return Restored(dataclasses.replace(state, frozen=frozen), tuple(unreadable))
@@ -134,8 +136,8 @@ def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState,
 class Checkpoints:
     """Saves a run's state in the background, and survives a disk that is full."""
 
-    def __init__(self, config: Config, restored: Restored, frozen: Any, report: Report):
-        self._config, self._report = config, report
+    def __init__(self, config: Config, restored: Restored, frozen: Any, text: str, report: Report):
+        self._config, self._text, self._report = config, text, report
         self._frozen_checksums = checksums(frozen)
         self._directory = checkpoints_directory(config.workdir)
         self._set_aside(restored.unreadable)
@@ -176,6 +178,7 @@ class Checkpoints:
         model, training = _items(state)
         sums = {name: checksums(item) for name, item in (("model", model), ("training", training))}
         sums["frozen"] = self._frozen_checksums
+        meta = {"config": config_to_dict(self._config), "checksums": sums, "text": self._text}
         self._running = step
         self._manager.save(
             step,
@@ -183,7 +186,7 @@ class Checkpoints:
                 model=ocp.args.StandardSave(model),
                 training=ocp.args.StandardSave(training),
                 data=ocp.args.JsonSave(iterator.get_state()),
-                meta=ocp.args.JsonSave({"config": config_to_dict(self._config), "checksums": sums}),
+                meta=ocp.args.JsonSave(meta),
             ),
             metrics=_metrics(validation_loss),
         )
@@ -272,6 +275,14 @@ def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
             f"config.{name} is {value}, but the checkpoints in {checkpoints_directory(config.workdir)} were made with "
             f"{old}: set it back, or choose another --config.workdir",
         )
+
+
+def _require_same_text(meta: Mapping[str, Any], text: str, config: Config) -> None:
+    require(
+        meta.get("text", text) == text,
+        f"the training text has changed since the run in {config.workdir} was started (its documents lie elsewhere), "
+        "so it would go on with other text than what follows: put it back, or choose another --config.workdir",
+    )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

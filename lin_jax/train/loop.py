@@ -90,6 +90,15 @@ class Parts:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """What was found before anything is computed: `text` is the fingerprint of the training text."""
+
+    resumes: bool
+    tokenizer: Tokenizer
+    text: str
+
+
 def make_parts(config: Config, partition: Partition) -> Parts:
     """The parts of a run on the devices of `partition`."""
     structure = structure_of(config)
@@ -132,10 +141,10 @@ def train(config: Config, report: Report = print) -> Result:
     """
     config, report = _with_absolute_base(config), only_first(report)
     partition = sharding.make_partition(config.mesh)
-    resumes, tokenizer = _prepare(config, partition)
+    ready = _prepare(config, partition)
     parts = make_parts(config, partition)
-    with contextlib.closing(training_batches(config.data, tokenizer, parts.feed.own)) as iterator:
-        return _train(parts, tokenizer, resumes, iterator, report)
+    with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
+        return _train(parts, ready, iterator, report)
 
 
 def show_sharding(config: Config) -> str:
@@ -154,12 +163,12 @@ def _with_absolute_base(config: Config) -> Config:
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
-def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, report: Report) -> Result:
-    config = parts.config
+def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result:
+    config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    start = _new_state(parts) if parts.structure.has_frozen or not resumes else None
+    start = _new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
     frozen = start.frozen if start is not None else {}
-    restored = checkpoint.restore(config, abstract, frozen, iterator, report)
+    restored = checkpoint.restore(config, abstract, frozen, ready.text, iterator, report)
     state: Any = restored.state if restored.state is not None else start
     del start
     step = int(state.step)
@@ -176,7 +185,7 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         float(step_flops(config).needed),
         report,
     )
-    saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
+    saver = checkpoint.Checkpoints(config, restored, frozen, ready.text, log.message)
     try:
         with StopRequest() as stop:
             return _Run(parts, tokenizer, log, saver, stop).go_on(state, step, iterator)
@@ -185,19 +194,16 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         log.close()
 
 
-def _prepare(config: Config, partition: Partition) -> tuple[bool, Tokenizer]:
-    """Check everything that can be checked without computing, in the order of what it costs.
-
-    Returns:
-        Whether there is a checkpoint to go on from, and the tokenizer.
-    """
+def _prepare(config: Config, partition: Partition) -> _Ready:
+    """Check everything that can be checked without computing, in the order of what it costs."""
     require("://" not in config.workdir, f"config.workdir must be a local or mounted directory: {config.workdir}")
     sharding.check_fit(config, partition)
     resumes = checkpoint.has_checkpoint(config)
     tokenizer = _tokenizer(config, resumes)
-    check_data(config.data, config.model.vocabulary_size, tokenizer)
+    text = check_data(config.data, config.model.vocabulary_size, tokenizer)
+    require(text == agree_on(text), "the training text is not the same as that of process 0: give all hosts the same")
     require_shared(config.workdir, "config.workdir")
-    return resumes, tokenizer
+    return _Ready(resumes, tokenizer, text)
 
 
 def _tokenizer(config: Config, resumes: bool) -> Tokenizer:

@@ -24,6 +24,7 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from lin_jax.data.sources import TextSource
 from lin_jax.overrides import apply_overrides, config_to_dict
 from lin_jax.train import checkpoint, checksums, loop, trainable
 from lin_jax.train.loop import train
@@ -243,6 +244,14 @@ def test_nothing_readable_is_an_error_and_not_a_new_start(config):
     with pytest.raises(ConfigError, match="can be read"):
         load_model(config.workdir)
     assert snapshot(config.workdir) == before
+
+
+def test_a_position_in_other_text_is_refused(uninterrupted, monkeypatch):
+    before = snapshot(uninterrupted.workdir)
+    monkeypatch.setattr(TextSource, "fingerprint", "of other text")
+    with pytest.raises(ConfigError, match="the training text has changed since the run in .* put it back"):
+        train(uninterrupted)
+    assert snapshot(uninterrupted.workdir) == before
 
 
 @pytest.mark.parametrize(
