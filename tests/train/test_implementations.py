@@ -9,7 +9,7 @@ import pytest
 
 from lin_jax.config import AttentionConfig, Config, DataConfig, FlashConfig, LlamaConfig, OptimizerConfig, TrainConfig
 from lin_jax.train.loop import make_parts, make_step
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,7 +55,7 @@ def losses(name, implementation):
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
         train=TrainConfig(steps=STEPS),
     )
-    parts = make_parts(config, make_mesh(config.mesh, jax.devices()[:1]))
+    parts = make_parts(config, make_partition(config.mesh, jax.devices()[:1]))
     state = jax.jit(lambda seed: initial_state(parts.structure, parts.optimizer, seed))(jnp.uint32(0))
     step, found = make_step(parts), []
     for seed in range(STEPS):
