@@ -14,13 +14,13 @@ from lin_jax.train.state import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 24, 32
+STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 16, 32
 ATTENTION = AttentionConfig(group_size=4, convolution=6)
 MODELS = {
     "flash": FlashConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        depth=2,
+        depth=1,
         query_key_size=8,
         rotary_size=4,
         attention=dataclasses.replace(ATTENTION, local="laplace"),
@@ -28,9 +28,9 @@ MODELS = {
     "llama": LlamaConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        depth=2,
-        heads=4,
-        key_value_heads=2,
+        depth=1,
+        heads=2,
+        key_value_heads=1,
         head_size=4,
         feed_forward_size=24,
         attention=dataclasses.replace(ATTENTION, local_groups=2),
