@@ -9,18 +9,18 @@ import pytest
 
 from lin_jax.config import AttentionConfig, Config, DataConfig, FlashConfig, LlamaConfig, OptimizerConfig, TrainConfig
 from lin_jax.train.loop import make_parts, make_step
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 24, 32
+STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 16, 32
 ATTENTION = AttentionConfig(group_size=4, convolution=6)
 MODELS = {
     "flash": FlashConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        depth=2,
+        depth=1,
         query_key_size=8,
         rotary_size=4,
         attention=dataclasses.replace(ATTENTION, local="laplace"),
@@ -28,9 +28,9 @@ MODELS = {
     "llama": LlamaConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        depth=2,
-        heads=4,
-        key_value_heads=2,
+        depth=1,
+        heads=2,
+        key_value_heads=1,
         head_size=4,
         feed_forward_size=24,
         attention=dataclasses.replace(ATTENTION, local_groups=2),
@@ -55,7 +55,7 @@ def losses(name, implementation):
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
         train=TrainConfig(steps=STEPS),
     )
-    parts = make_parts(config, make_mesh(config.mesh, jax.devices()[:1]))
+    parts = make_parts(config, make_partition(config.mesh, jax.devices()[:1]))
     state = jax.jit(lambda seed: initial_state(parts.structure, parts.optimizer, seed))(jnp.uint32(0))
     step, found = make_step(parts), []
     for seed in range(STEPS):

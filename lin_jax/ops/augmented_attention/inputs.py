@@ -1,7 +1,7 @@
 """What an implementation of augmented attention is given: checked, and with every default filled in."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -52,41 +52,18 @@ class Inputs:
         return self.group_size * self.local_groups
 
 
-class Scored(NamedTuple):
-    """What queries and keys are multiplied in each branch; None: the grouped branch takes those of the local one."""
-
-    query: Array
-    key: Array
-    grouped_query: Array | None
-    grouped_key: Array | None
-
-
-def normalise_scored(given: Scored, local: str, grouped: bool) -> Scored:
-    """Queries and keys divided by their norms as `augmented_attention` says of `normalise`."""
-    local_pair = (given.query, given.key) if local == "softmax" else (unit(given.query), unit(given.key))
-    if not grouped or (given.grouped_query is None and local != "softmax"):
-        return Scored(*local_pair, given.grouped_query, given.grouped_key)
-    query = given.query if given.grouped_query is None else given.grouped_query
-    key = given.key if given.grouped_key is None else given.grouped_key
-    return Scored(*local_pair, unit(query), unit(key))
-
-
 def normalised(inputs: Inputs) -> Inputs:
     """The same with queries and keys that are normalised already, where `inputs.normalise` asks for it."""
     if not inputs.normalise:
         return inputs
-    given = Scored(inputs.q_BTHD, inputs.k_BTKD, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP)
-    made = normalise_scored(given, inputs.local, inputs.grouped)
-    state = inputs.initial_state
-    if made.grouped_key is not None:
-        slots = jnp.zeros((len(made.grouped_key), inputs.slots, *made.grouped_key.shape[2:]), made.grouped_key.dtype)
-        state = dataclasses.replace(state, grouped_key_BSKP=slots)
-    return dataclasses.replace(
-        inputs,
-        normalise=False,
-        q_BTHD=made.query,
-        k_BTKD=made.key,
-        grouped_q_BTHP=made.grouped_query,
-        grouped_k_BTKP=made.grouped_key,
-        initial_state=state,
-    )
+    q, k = inputs.q_BTHD, inputs.k_BTKD
+    changes: dict[str, Any] = {}
+    if inputs.local != "softmax":
+        changes = {"q_BTHD": unit(q), "k_BTKD": unit(k)}
+    if inputs.grouped and (inputs.grouped_q_BTHP is not None or inputs.local == "softmax"):
+        grouped_q = q if inputs.grouped_q_BTHP is None else inputs.grouped_q_BTHP
+        grouped_k = k if inputs.grouped_k_BTKP is None else inputs.grouped_k_BTKP
+        slots = jnp.zeros((grouped_k.shape[0], inputs.slots, *grouped_k.shape[2:]), grouped_k.dtype)
+        state = dataclasses.replace(inputs.initial_state, grouped_key_BSKP=slots)
+        changes |= {"grouped_q_BTHP": unit(grouped_q), "grouped_k_BTKP": unit(grouped_k), "initial_state": state}
+    return dataclasses.replace(inputs, normalise=False, **changes)

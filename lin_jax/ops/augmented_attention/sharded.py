@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.augmented_attention.api import augmented_attention
-from lin_jax.ops.augmented_attention.inputs import Scored, normalise_scored
 from lin_jax.ops.cut import Cut
 from lin_jax.ops.exchange import halo, sum_before
 from lin_jax.ops.feature_maps import FEATURE_MAPS
@@ -72,11 +71,8 @@ def sharded_attention(
         arrays["position_BT"] = position_BT
 
     def of_part(alpha_H: Array, position_BT: Array | None = None, **part: Any) -> Array:
-        if position_BT is None:
-            return cast(Array, augmented_attention(**part, alpha=alpha_H, **options))
-        given = _normalised(part, options)
-        before = _before(cut, position_BT, given, options)
-        return cast(Array, augmented_attention(**given, alpha=alpha_H, **before, **{**options, "normalise": False}))
+        before = {} if position_BT is None else _before(cut, position_BT, part, options)
+        return cast(Array, augmented_attention(**part, alpha=alpha_H, **before, **options))
 
     return cut.run(of_part, arrays, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
 
@@ -87,16 +83,6 @@ class _Tokens(NamedTuple):
     key: Array
     grouped_key: Array | None
     value: Array
-
-
-def _normalised(part: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`part` as it is multiplied: what the next part needs of it is that."""
-    if not options.get("normalise", False):
-        return part
-    names = ("q_BTHD", "k_BTKD", "grouped_q_BTHP", "grouped_k_BTKP")
-    given = Scored(*(part[name] for name in names))
-    made = normalise_scored(given, options.get("local", "relu2"), options.get("grouped", True))
-    return {**part, **dict(zip(names, made, strict=True))}
 
 
 def _before(cut: Cut, position_BT: Array, part: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
