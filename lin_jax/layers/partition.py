@@ -32,19 +32,14 @@ class Partition:
     rules: Rules
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """Mesh axes that cut a logical axis, those of one device left out.
+        """Mesh axes that cut a logical axis; the mesh may lack some of the rules'.
 
         Raises:
             KeyError: there is no such logical axis.
         """
         if self.mesh is None or name is None:
             return ()
-        return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape[axis] > 1)
-
-    @property
-    def activation_axes(self) -> tuple[str, ...]:
-        """Mesh axes that cut activations by rows or tokens, those of one device too."""
-        return tuple(axis for name in ACTIVATIONS for axis in dict(self.rules)[name])
+        return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape.get(axis, 1) > 1)
 
     def shards(self, *names: str | None) -> int:
         """Parts into which arrays are cut along logical axes."""

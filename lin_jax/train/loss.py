@@ -1,14 +1,18 @@
 """Cross-entropy of a large vocabulary, a chunk of positions at a time."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lin_jax.layers.partition import Partition
+
+# How an array lies; inside `jax.shard_map` without the mesh.
+Cut = NamedSharding | PartitionSpec
 
 
 class LossSums(NamedTuple):
@@ -20,16 +24,16 @@ class LossSums(NamedTuple):
 
 
 def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], vocabulary: tuple[str, ...] | None = None
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], cut: Cut | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and the log of the softmax denominator.
 
-    `vocabulary` names the mesh axes that cut V, if any do.
+    `cut` says how the vocabulary is cut, if it is.
     """
-    if vocabulary:
-        logits_BTV = jax.lax.with_sharding_constraint(logits_BTV, PartitionSpec(None, None, vocabulary))
+    if cut is not None:
+        logits_BTV = jax.lax.with_sharding_constraint(logits_BTV, cut)
     denominator_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    if not vocabulary:
+    if cut is None:
         chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
         return denominator_BT - chosen_BT, denominator_BT
     # A look-up would gather the logits; a sum adds up what the parts of the vocabulary have.
@@ -63,16 +67,21 @@ def sharded_loss(
         z_loss: weight of the squared log of the softmax denominator.
         partition: how batch and vocabulary are cut.
     """
-    if partition.mesh is None:
-        return chunked_loss(
-            lambda x: head(parameters, x), hidden_BTC, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss
+    axes = partition.axes("batch") + partition.axes("tokens")
+    size = jax.eval_shape(head, parameters, hidden_BTC[:, :1]).shape[-1]
+    (vocabulary,) = partition.spec(("vocabulary",), (size,))
+    if not axes:
+        of_head, cut = (
+            functools.partial(head, parameters),
+            partition.place(None, None, vocabulary) if vocabulary else None,
         )
-    rows, axes = PartitionSpec(partition.axes("batch"), partition.axes("tokens")), partition.activation_axes
+        return chunked_loss(of_head, hidden_BTC, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss, cut=cut)
+    rows = PartitionSpec(partition.axes("batch") or None, partition.axes("tokens") or None)
     own = max(1, chunk // partition.shards("tokens"))
 
     def of_part(parameters: Any, *part: Array) -> LossSums:
-        of_head = lambda x: head(parameters, x)  # noqa: E731
-        sums = chunked_loss(of_head, *part, chunk=own, z_loss=z_loss, vocabulary=partition.axes("vocabulary"))
+        cut = PartitionSpec(None, None, vocabulary) if vocabulary else None
+        sums = chunked_loss(functools.partial(head, parameters), *part, chunk=own, z_loss=z_loss, cut=cut)
         return jax.tree.map(lambda array: jax.lax.psum(array, axes), sums)
 
     sharded = jax.shard_map(
@@ -94,7 +103,7 @@ def chunked_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
-    vocabulary: tuple[str, ...] | None = None,
+    cut: Cut | None = None,
 ) -> LossSums:
     """The sums of a batch's losses; logits [B, T, V] never exist whole, neither forward nor backward.
 
@@ -106,13 +115,13 @@ def chunked_loss(
         chunk: tokens of a row whose logits exist at a time. Rows stay whole, so that a batch that is cut over
             devices is not moved.
         z_loss: weight of the squared log of the softmax denominator.
-        vocabulary: mesh axes that cut V.
+        cut: how logits are cut along the vocabulary.
     """
 
     @jax.checkpoint
     def add(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = part
-        nll, denominator = token_losses(head(hidden), targets, vocabulary)
+        nll, denominator = token_losses(head(hidden), targets, cut)
         nll_sum = jnp.sum(nll * weights)
         z_sum = z_loss * jnp.sum(jnp.square(denominator) * weights)
         return LossSums(sums.loss + nll_sum + z_sum, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None

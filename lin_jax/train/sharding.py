@@ -47,6 +47,9 @@ _CUT_SIZES: dict[type, dict[str, tuple[str, ...]]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a configuration, over all devices unless some are given.
 
+    It has the axes of several devices alone, or `data` of one: exchanges along an axis of one device do nothing, but
+    some compilers keep them.
+
     Raises:
         ConfigError: the axes do not multiply to the number of devices, or `slice` is not that of the devices' slices.
     """
@@ -59,7 +62,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"{told} does not fit {len(devices)} devices; set one of them to -1 to take what is left",
     )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    return Mesh(_lay_out(shape, devices), MESH, axis_types=(AxisType.Auto,) * len(MESH))
+    laid_out = _lay_out(shape, devices)
+    names = [name for name, size in zip(MESH, shape, strict=True) if size > 1] or ["data"]
+    axis_types = (AxisType.Auto,) * len(names)
+    return Mesh(laid_out.reshape([size for size in shape if size > 1] or [1]), names, axis_types=axis_types)
 
 
 def _lay_out(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -209,11 +215,11 @@ def show_sharding(partition: Partition, shapes: Any, shardings: Any) -> str:
 
 
 def _describe(partition: Partition) -> list[str]:
-    """The mesh and the rules, without axes of one device."""
+    """The mesh and the rules."""
     assert partition.mesh is not None
-    sizes = [f"{axis} {size}" for axis, size in partition.mesh.shape.items() if size > 1]
+    sizes = [f"{axis} {size}" for axis, size in partition.mesh.shape.items()]
     cut = [f"{name} along {'x'.join(partition.axes(name))}" for name, _ in partition.rules if partition.axes(name)]
-    return [f"mesh: {', '.join(sizes) or 'one device'}", f"cut: {', '.join(cut) or 'nothing'}"]
+    return [f"mesh: {', '.join(sizes)}", f"cut: {', '.join(cut) or 'nothing'}"]
 
 
 def _spec(sharding: NamedSharding) -> str:
