@@ -38,6 +38,8 @@ def get_config(variant: str = "4096") -> Config:
     )
     length = next((int(name) for name in variant.split(",") if name.isdigit()), 4096)
     devices, tokens = DEVICES[names[0]]
+    sequence = max(1, length // (2 * tokens))  # Parts of a row that is too long for one device.
+    microbatches = max(1, ROWS * sequence // (devices * max(1, tokens // length)))
     return Config(
         workdir=f"runs/llama2_13b/lora_{length}",
         model=LlamaConfig(
@@ -59,9 +61,7 @@ def get_config(variant: str = "4096") -> Config:
             batch_size=ROWS,
         ),
         optimizer=OptimizerConfig(peak_learning_rate=2e-5, schedule="constant", warmup_steps=20, weight_decay=0.0),
-        train=TrainConfig(
-            steps=1000, microbatches=max(1, ROWS // (devices * max(1, tokens // length))), evaluate_every=100
-        ),
+        train=TrainConfig(steps=1000, microbatches=microbatches, evaluate_every=100),
         finetune=FinetuneConfig(
             checkpoint="runs/llama2_13b/original",
             train=("new", "norm", "embedding"),
@@ -69,5 +69,5 @@ def get_config(variant: str = "4096") -> Config:
             frozen_dtype="bfloat16",
         ),
         checkpoint=CheckpointConfig(every=100),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, sequence=sequence, rules=("width=fsdp+sequence",) if sequence > 1 else ()),
     )

@@ -67,6 +67,8 @@ def training_flops(
     sequence_length: int,
     finetune: FinetuneConfig | None = None,
     trains: Callable[[Path], bool] = lambda path: True,
+    *,
+    tiled: bool = False,
 ) -> Flops:
     """Operations for one token of a training step.
 
@@ -75,12 +77,13 @@ def training_flops(
         sequence_length: tokens in a row.
         finetune: adapters, heads and the objective; None is plain training.
         trains: whether the parameter at a path trains.
+        tiled: whether softmax attention leaves out the masked half of its scores.
     """
     finetune = finetune or FinetuneConfig()
     if finetune.objective == "attention_transfer":
-        return _transfer_flops(config, sequence_length, finetune, trains)
+        return _transfer_flops(config, sequence_length, finetune, trains, tiled)
     reaches_layers = bool(finetune.lora.rank) or any(map(trains, _of_layers(config)))
-    flops = _layer_flops(config, sequence_length, finetune, trains, reaches_layers)
+    flops = _layer_flops(config, sequence_length, finetune, trains, reaches_layers, tiled)
     if finetune.objective == "medusa":
         flops += _medusa_flops(config, finetune, reaches_layers)
     if finetune.objective == "language_model" or finetune.trains_model:
@@ -95,10 +98,10 @@ def _of_layers(config: ModelConfig) -> list[Path]:
 
 
 def _layer_flops(
-    config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool], reached: bool
+    config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool], reached: bool, tiled: bool
 ) -> Flops:
     """All layers. They are one scan, whose backward pass is the same for all: none, or through every input."""
-    mixing, own = _mixing(config, T), matrices(config)
+    mixing, own = _mixing(config, T, tiled), matrices(config)
     forward = sum(matrix.flops for matrix in own) + mixing
     adapters = _adapter_flops(own, finetune)
     if not reached:
@@ -132,13 +135,15 @@ def _medusa_flops(config: ModelConfig, finetune: FinetuneConfig, reached: bool) 
     return Flops(medusa.heads * forward, medusa.heads * (2 * forward - unneeded), medusa.heads * forward)
 
 
-def _transfer_flops(config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool]) -> Flops:
+def _transfer_flops(
+    config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool], tiled: bool
+) -> Flops:
     """The teacher's forward pass, and beside it every linearized attention, whose gradients end at its inputs."""
     own = matrices(config)
     projections = [m for m in own if m.path[-2] not in ("gate", "up", "down")]
     adapters = _adapter_flops(projections, finetune)
-    mixing = _mixing(config, T)
-    teacher = sum(m.flops for m in own) + _mixing(_all_softmax(config), T)
+    mixing = _mixing(config, T, tiled)
+    teacher = sum(m.flops for m in own) + _mixing(_all_softmax(config), T, tiled)
     student = sum(m.flops for m in projections) + mixing + adapters
     output = sum(m.flops for m in projections if m.path[-2] == "output")
     learned = sum(m.flops for m in projections if trains(m.path))
@@ -184,13 +189,14 @@ _MATRICES: dict[type, Callable[[Any], list[Matrix]]] = {
 }
 
 
-def _mixing(config: ModelConfig, T: int) -> int:
+def _mixing(config: ModelConfig, T: int, tiled: bool = False) -> int:
     """Forward operations of the attentions of all layers, without their projections, for one token."""
     if isinstance(config, FlashConfig):
         return config.depth * _attention_flops(config, T)
     keys = config.key_value_heads if isinstance(config, LlamaConfig) else config.heads
     kinds = layer_kinds(config.attention, config.depth)
-    return sum(_mixing_flops(config.attention, kind, config.heads, keys, config.head_size, T) for kind in kinds)
+    whole = [_mixing_flops(config.attention, kind, config.heads, keys, config.head_size, T) for kind in kinds]
+    return sum(flops // 2 if tiled and kind == "softmax" else flops for flops, kind in zip(whole, kinds, strict=True))
 
 
 def _chunks(config: ModelConfig, T: int) -> int:

@@ -32,10 +32,10 @@ def trains(finetune: FinetuneConfig, path: Path) -> bool:
     return ADAPTER in path or path[0] == HEADS or any(GROUPS[group](path) for group in finetune.train)
 
 
-def step_flops(config: Config) -> Flops:
-    """Operations for one token of the step that a run of `config` makes."""
+def step_flops(config: Config, *, tiled: bool = False) -> Flops:
+    """Operations for one token of the step that a run of `config` makes; `tiled`: see `training_flops`."""
     finetune, length = config.finetune, config.data.sequence_length
-    return training_flops(config.model, length, finetune, functools.partial(trains, finetune))
+    return training_flops(config.model, length, finetune, functools.partial(trains, finetune), tiled=tiled)
 
 
 def structure_of(config: Config) -> Structure:

@@ -20,10 +20,9 @@ from lin_jax.config import (
     MeshConfig,
     TrainConfig,
 )
-from lin_jax.train import plan as planning
 from lin_jax.train.chips import CHIPS, GIB, chip_named, chip_of
 from lin_jax.train.collectives import Collective
-from lin_jax.train.plan import plan, targets
+from lin_jax.train.plan import cuda, fit, plan, search, targets
 from lin_jax.train.plan.compiled import Step, TooLarge, _too_large
 from lin_jax.train.plan.estimate import Activations
 from lin_jax.train.plan.suggest import larger_topologies, smaller
@@ -117,13 +116,13 @@ def fake_compiler(monkeypatch):
         def compile_step(traced):
             tried.append(traced.parts.config)
             needed = temporaries(traced.parts.config)
-            return TooLarge(needed, memory, 1.0) if needed > memory else Step(0, 0, needed, 0, [], 1.0)
+            return TooLarge(needed, memory, 1.0) if needed > memory else Step(0, 0, needed, 0, [], [], 1.0)
 
         chip = dataclasses.replace(chip_named("v5e"), memory=memory)
         monkeypatch.setattr(targets, "chip_named", lambda name: chip)
         monkeypatch.setattr(targets, "devices", lambda target: jax.devices()[: target.count])
-        monkeypatch.setattr(planning, "compile_step", compile_step)
-        monkeypatch.setattr(planning, "estimate_activations", lambda traced, flash: Activations(0, 0))
+        monkeypatch.setattr(fit, "compile_step", compile_step)
+        monkeypatch.setattr(search, "estimate_activations", lambda traced, flash: Activations(0, 0))
         return tried
 
     return use
@@ -172,7 +171,8 @@ def test_suggestions_keep_earlier_changes_and_what_is_learned():
     assert larger_topologies(chip_named("v5e"), 16)[:2] == ["v5e:4x8", "v5e:8x8"]
 
 
-def test_gpus_are_planned_by_formula():
+def test_gpus_without_a_compiler_are_planned_by_formula(monkeypatch):
+    monkeypatch.setattr(cuda, "is_installed", lambda: False)
     told = dict(re.split(r"  +", line, maxsplit=1) for line in plan(settings(plan="h100:8")).splitlines()[1:])
     assert "fits (activations by formula, not compiled for the chip)" in told["altogether"]
     assert told["sent by all-gather"].endswith("exchanges") and "at 3350 GB/s" in told["time for memory"]

@@ -15,6 +15,10 @@ from lin_jax.train.loop import Parts, abstract_batch, make_parts, make_step
 from lin_jax.train.state import TrainState, abstract_state
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Calls of Pallas kernels, on TPUs and through Triton, and of cuDNN, by their own names.
+_KERNEL = re.compile(
+    r'%([\w\-]+?)[.\d]* = [^\n]*custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"'
+)
 _OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 
 
@@ -28,6 +32,7 @@ class Step:
         temporaries: everything between.
         code: the program itself.
         collectives: what devices exchange.
+        kernels: programs of Pallas and of libraries that it calls, by name.
         seconds: that the compilation took.
     """
 
@@ -36,6 +41,7 @@ class Step:
     temporaries: int
     code: int
     collectives: Sequence[Collective]
+    kernels: Sequence[str]
     seconds: float
 
     @property
@@ -86,13 +92,14 @@ def compile_step(traced: Traced) -> Step | TooLarge:
 
 
 def _step(compiled: Any, seconds: float) -> Step:
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Step(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        find_collectives(compiled.as_text()),
+        find_collectives(text),
+        sorted(set(_KERNEL.findall(text))),
         seconds,
     )
 

@@ -10,6 +10,7 @@ import jax
 
 from lin_jax.config import ConfigError, require
 from lin_jax.train.chips import Chip, chip_count, chip_named
+from lin_jax.train.plan import cuda
 
 # libtpu asks a machine of the cloud about itself, and holds its chips, unless it is told not to.
 _ENVIRONMENT = {
@@ -49,8 +50,10 @@ class Target:
 
     @property
     def compiles(self) -> bool:
-        """Whether the program is compiled for the very chip, and not for this CPU."""
-        return self.chip is not None and self.chip.platform == "tpu"
+        """Whether there is a compiler for the very chip; else the step is compiled for this CPU."""
+        if self.chip is None:
+            return False
+        return self.chip.platform == "tpu" or cuda.is_installed()
 
 
 def parse(plan: str) -> Target:
@@ -67,9 +70,10 @@ def prepare(target: Target) -> None:
         ConfigError: libtpu is needed and not installed.
     """
     jax.config.update("jax_platforms", "cpu")
-    if not target.compiles:
+    if target.chip is None or target.chip.platform == "gpu":
         # More than are asked for, so that more can be tried if these do not do.
         jax.config.update("jax_num_cpu_devices", target.count if target.chip is None else max(target.count, VIRTUAL))
+        os.environ.update(cuda.ENVIRONMENT)
         return
     require(
         importlib.util.find_spec("libtpu") is not None,
@@ -79,17 +83,23 @@ def prepare(target: Target) -> None:
     os.environ.update(_ENVIRONMENT)
 
 
+def virtual_devices(target: Target) -> Sequence[jax.Device]:
+    """As many devices of this CPU."""
+    return jax.devices()[: target.count]
+
+
 def devices(target: Target) -> Sequence[jax.Device]:
     """The target's devices, which need not exist.
 
     Raises:
         ConfigError: there is no such topology.
     """
-    if not target.compiles:
-        return jax.devices()[: target.count]
+    if target.chip is None or not target.compiles:
+        return virtual_devices(target)
+    if target.chip.platform == "gpu":
+        return cuda.devices(target.chip, target.count)
     from jax.experimental import topologies
 
-    assert target.chip is not None
     options: dict[str, Any] = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
     options |= _SINGLE if target.topology == "1x1" else {}
     options |= {"num_slices": target.slices} if target.slices > 1 else {}
