@@ -13,6 +13,7 @@ argument or result of a program in that form is copied.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -28,8 +29,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import cuda_targets
 from benchmarks.common import write_json
+from lin_jax.config import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
 from lin_jax.ops.augmented_attention import augmented_attention, gpu_plan, pallas_tpu
 from lin_jax.ops.augmented_attention.blocks import make_plan
+from lin_jax.train import sharding
+from lin_jax.train.loop import abstract_batch, make_parts, make_step
+from lin_jax.train.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +248,52 @@ def check_gpu(device: Any) -> None:
     attempt("more memory than it may use", "forward", rows=512)
 
 
+TINY: dict[str, Any] = {
+    "flash": FlashConfig(vocabulary_size=256, width=256, depth=2, remat="full", dtype="bfloat16"),
+    "llama": LlamaConfig(
+        vocabulary_size=256,
+        width=512,
+        depth=2,
+        heads=4,
+        key_value_heads=2,
+        feed_forward_size=512,
+        remat="full",
+        dtype="bfloat16",
+    ),
+}
+
+
+def train_step(name: str, implementation: str, target: str) -> Any:
+    """The compiled training step of a small model over four devices of the target."""
+    model = TINY[name]
+    attention = dataclasses.replace(model.attention, implementation=implementation)
+    config = Config(
+        model=dataclasses.replace(model, attention=attention),
+        data=DataConfig(batch_size=8, sequence_length=1024),
+        mesh=MeshConfig(data=2, fsdp=2),
+    )
+    mesh = sharding.make_mesh(config.mesh, devices(target)[:4])
+    parts = make_parts(config, mesh)
+    state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
+    return make_step(parts).trace(state, abstract_batch(parts)).lower(lowering_platforms=("tpu",)).compile()
+
+
+def measure_training(target: str, implementations: list[str]) -> None:
+    """Compiles both models' steps, and prints what they need and how often they call the kernel's passes."""
+    for name, implementation in itertools.product(TINY, implementations):
+        start = time.perf_counter()
+        try:
+            compiled = train_step(name, implementation, target)
+            text, memory = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+            calls = {each: text.count(f"%augmented_attention_{each}") > 0 for each in ("forward", "queries", "keys")}
+            found = f"{memory / 1e6:.2f} MB a device, kernels {[each for each, there in calls.items() if there]}"
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(
+            f"{target} {name} data 2, fsdp 2 {implementation}: {found}, {time.perf_counter() - start:.0f} s", flush=True
+        )
+
+
 def main() -> None:
     """One target in this process, several in one process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,18 +302,22 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["pallas_tpu", "xla"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--check", action="store_true", help="small shapes and illegal blocks instead, one target only")
+    parser.add_argument("--train", action="store_true", help="training steps of small models instead")
     parser.add_argument("--json", help="file for the result, one target only")
     options = parser.parse_args()
     if len(options.targets) == 1:
         prepare(options.targets[0])
         if options.check:
             return check(options.targets[0])
+        if options.train:
+            return measure_training(options.targets[0], options.implementations)
         rows = measure(options.targets[0], options.shapes, options.implementations, options.directions)
         write_json(options.json, {"rows": rows})
         return
     for target in options.targets:
         chosen = ["--shapes", *options.shapes, "--implementations", *options.implementations]
         command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, *chosen]
+        command += ["--train"] * options.train
         subprocess.run([*command, "--directions", *options.directions], check=True)
 
 

@@ -89,12 +89,13 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        operands = self._operands(q, k, v)
+        # The op normalises: a kernel then needs no normalised copies, see `docs/kernels.md`.
+        operands = _Operands(q, k, v, None, None)
 
         def attend(branches: _Branches) -> Array:
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
                 return causal_conv(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT)
-            return self._attend(operands, branches, segment_ids_BT=rows.segment_ids_BT)
+            return self._attend(operands, branches, segment_ids_BT=rows.segment_ids_BT, normalise=True)
 
         return self._combine(q, v, attend)
 

@@ -20,10 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from lin_jax.ops.augmented_attention import chunk
+from lin_jax.ops.augmented_attention import pallas_tpu_body
 from lin_jax.ops.augmented_attention import window_layout as wl
 from lin_jax.ops.augmented_attention.blocks import Plan, make_plan
-from lin_jax.ops.augmented_attention.chunk import Bands, Masks, Operands
 from lin_jax.ops.augmented_attention.cost import Cost, forward_cost, key_cost, query_cost
 from lin_jax.ops.augmented_attention.inputs import Inputs
 from lin_jax.ops.state import context_tokens
@@ -99,7 +98,7 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], F
 
 
 def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
-    lanes = lambda x: None if x is None else x.reshape(*x.shape[:2], -1)  # noqa: E731
+    lanes: Any = lambda x: None if x is None else x.reshape(*x.shape[:2], -1)  # noqa: E731
     own = forward.form.own_grouped
     key_before = grouped_key_before = value_before = None
     if not inputs.fresh:
@@ -157,9 +156,11 @@ def _attend_backward(plans: Plans, arguments: Arguments, gradients: tuple[Array,
     )
     of_queries = _pull_queries(plan, arguments, small, y)
     of_keys = _pull_keys(plan, arguments, small, y, final)
-    of_small = {name: of_queries[name].sum(axis=0) for name in ("alpha", "bias", "taps") if name in of_queries}
+    of_small: dict[str, Array] = {
+        name: of_queries[name].sum(axis=0) for name in ("alpha", "bias", "taps") if name in of_queries
+    }
     of_small |= {name: x for name, x in of_keys.items() if name.endswith("_before")}
-    zeros = {name: jnp.zeros_like(x) for name, x in small._asdict().items() if x is not None}
+    zeros: dict[str, Array] = {name: jnp.zeros_like(x) for name, x in small._asdict().items() if x is not None}
     (pulled,) = pull_small(small._replace(**{**zeros, **of_small}))
     return (
         pulled._replace(
@@ -184,12 +185,12 @@ class Cut(NamedTuple):
 
     array: Any
     block: tuple[int, ...]
-    index: Callable[..., tuple[Any, ...]]
+    where: Callable[..., tuple[Any, ...]]
 
     @property
     def spec(self) -> pl.BlockSpec:
         """Of a kernel's argument or result."""
-        return pl.BlockSpec(self.block, self.index)
+        return pl.BlockSpec(self.block, self.where)
 
 
 def _tokens(plan: Plan, array: Any, reverse: bool = False) -> Cut:
@@ -299,7 +300,7 @@ def _forward(plan: Plan, a: Arguments, small: Small) -> tuple[Array, Array | Non
         state = _like((s.B, s.K, s.state_rows, s.E), jnp.float32)
         outputs["state"] = _per_row_and_head(plan, state, plan.heads)
     inputs = {**_inputs(plan, a, small, a.fields_forward), **_initial(plan, a, small)}
-    body = functools.partial(_forward_body, plan)
+    body = functools.partial(pallas_tpu_body.forward_body, plan)
     scratch = {**_window_scratch(plan, a), **_band_scratch(plan, "band")}
     results = _run("forward", body, plan, inputs, outputs, scratch, forward_cost(plan))
     return results["y"], results.get("state")
@@ -314,7 +315,7 @@ def _pull_queries(plan: Plan, a: Arguments, small: Small, y: Array) -> dict[str,
     for name in ("alpha", "bias", "taps"):
         if (x := getattr(small, name)) is not None:
             outputs[name] = _per_row_and_head(plan, _like((s.B, *x.shape), jnp.float32), plan.heads * s.J)
-    body = functools.partial(_query_body, plan)
+    body = functools.partial(pallas_tpu_body.query_body, plan)
     scratch = {**_window_scratch(plan, a), **_band_scratch(plan, "band"), **_band_scratch(plan, "sum")}
     return _run("queries", body, plan, inputs, outputs, scratch, query_cost(plan))
 
@@ -344,14 +345,14 @@ def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | 
         "state_sum": ((plan.heads, s.state_rows, s.E), f32),
         **_band_scratch(plan, "band"),
     }
-    body = functools.partial(_key_body, plan)
+    body = functools.partial(pallas_tpu_body.key_body, plan)
     return _run("keys", body, plan, inputs, outputs, scratch, key_cost(plan))
 
 
 def _window_scratch(plan: Plan, a: Arguments) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What the passes in forward order keep: the window, as it is multiplied, and the state before it."""
     s, form = plan.sizes, plan.form
-    scratch = {"value_window": ((plan.slots, plan.heads * s.E), a.value.dtype)}
+    scratch: dict[str, tuple[tuple[int, ...], Any]] = {"value_window": ((plan.slots, plan.heads * s.E), a.value.dtype)}
     if form.scored:
         scratch["key_window"] = ((plan.slots, plan.heads * s.D), a.key.dtype)
     if form.grouped:
@@ -387,362 +388,3 @@ def _piece_before(plan: Plan, array: Array, piece: int) -> Cut:
         return b, jnp.minimum((plan.blocks - 1 - n) * each + piece, plan.pieces - 1), h
 
     return Cut(array, (1, plan.piece, array.shape[2] // steps), index)
-
-
-# What a program does with one block. `refs` are references by name, `n` is the block.
-
-Refs = dict[str, Any]
-
-
-def _lanes(i: int, width: int) -> slice:
-    return slice(i * width, (i + 1) * width)
-
-
-def _inside(plan: Plan, n: Any, x: Array) -> Array:
-    """x with zeros in the rows that are not of the row."""
-    if not plan.ragged:
-        return x
-    index = n * plan.rows + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0)
-    return jnp.where(index < plan.sizes.T, x, jnp.zeros_like(x))
-
-
-class _Seen(NamedTuple):
-    """Masks of a block; `fold`, `keep` and so on say what the state after it has, and the final state."""
-
-    masks: Masks
-    fold: Array | None
-    keep: Array | None
-    final_fold: Array | None
-    final_keep: Array | None
-
-
-def _seen(plan: Plan, n: Any, refs: Refs) -> _Seen:
-    if plan.aligned:
-        return _Seen(_aligned_masks(plan, n), None, None, None, None)
-    rows, back = plan.rows, plan.back
-    fields = refs["fields"][0, 0]
-    columns = fields.T
-    field = lambda i: fields[i : i + 1]  # noqa: E731
-    own = lambda i: columns[back:, i : i + 1]  # noqa: E731
-    run = own(wl.QUERY_RUN)
-    same = run == field(wl.KEY_RUN)
-    past = _distance(plan) >= 0
-    within = field(wl.POSITION) >= own(wl.START)
-    masks = Masks(
-        near=same & past & within,
-        far=same & past & ~within,
-        band=run == field(wl.VALUE_RUN),
-        own=run == own(wl.STATE_RUN),
-    )
-    keep = fields[wl.KEEP : wl.KEEP + 1]
-    seen = _Seen(masks, columns[:rows, wl.FOLD : wl.FOLD + 1] > 0, keep[:, :1] > 0, None, None)
-    if not plan.final:
-        return seen
-    final = columns[rows:, wl.FOLD : wl.FOLD + 1] > 0
-    return seen._replace(final_fold=final, final_keep=keep[:, rows : rows + 1] > 0)
-
-
-def _distance(plan: Plan) -> Array:
-    shape = (plan.rows, plan.slots)
-    query = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + plan.back
-    return query - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _aligned_masks(plan: Plan, n: Any) -> Masks:
-    """Groups are counted from the row's first token."""
-    G, R, back = plan.group_size, plan.local_groups, plan.back
-    first = n * plan.rows
-    inside = jax.lax.rem(first, G)
-    # Counted from the start of the group of the block's first token.
-    query = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + inside
-    slot = jax.lax.broadcasted_iota(jnp.int32, (1, plan.slots), 1) - back
-    start = (_quotient(query, G) - (R - 1)) * G
-    within = slot + inside >= start
-    past = _distance(plan) >= 0
-    known = slot + first >= 0
-    return Masks(near=past & within & known, far=past & ~within, band=None, own=None)
-
-
-def _quotient(x: Array, divisor: int) -> Array:
-    """floor(x / divisor) of small integers: vectors of integers have no division."""
-    return jnp.floor((x.astype(jnp.float32) + 0.5) * (1 / divisor)).astype(jnp.int32)
-
-
-def _queries(plan: Plan, refs: Refs, i: int, keep_inside: Callable[[Array], Array]) -> tuple[Array, Array | None]:
-    """Queries of a head as they are given."""
-    s = plan.sizes
-    own = refs.get("grouped_query")
-    grouped = None if own is None else keep_inside(own[0, :, _lanes(i, s.P)])
-    return keep_inside(refs["query"][0, :, _lanes(i, s.D)]), grouped
-
-
-def _skew(plan: Plan, line: Array) -> Array:
-    """The band [rows, slots] of a line [1, period]: row i is the line moved by i. Row by row where bits of i are 1."""
-    x = jnp.broadcast_to(line, (plan.rows, plan.period))
-    return _move_rows(plan, x, lambda step: step)[:, : plan.slots]
-
-
-def _unskew(plan: Plan, band: Array) -> Array:
-    """The adjoint of `_skew`."""
-    beyond = jnp.zeros((plan.rows, plan.period - plan.slots), jnp.float32)
-    x = _move_rows(plan, jnp.concatenate([band, beyond], axis=1), lambda step: plan.period - step)
-    return jnp.sum(x, axis=0, keepdims=True)
-
-
-def _move_rows(plan: Plan, x: Array, move: Callable[[int], int]) -> Array:
-    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    step = 1
-    while step < plan.rows:
-        x = jnp.where(row & step != 0, pltpu.roll(x, move(step), 1), x)
-        step *= 2
-    return x
-
-
-def _make_bands(plan: Plan, refs: Refs) -> None:
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for name in ("bias", "taps"):
-            for i in range(plan.heads * plan.sizes.J) if name in refs else ():
-                refs[f"{name}_band"][i] = _skew(plan, refs[name][i])
-
-
-def _bands(refs: Refs, i: int) -> Bands:
-    return Bands(*(refs[f"{name}_band"][i] if name in refs else None for name in ("bias", "taps")))
-
-
-def _put_window(plan: Plan, n: Any, refs: Refs) -> None:
-    """Puts the block's keys and values behind those that are kept; at the first block, what goes before the row."""
-    s, form, back = plan.sizes, plan.form, plan.back
-    keep_inside = functools.partial(_inside, plan, n)
-
-    def put(where: slice, kp: int, key: Array, grouped_key: Array | None, value: Array) -> None:
-        local, grouped = chunk.operand(form, key, grouped_key)
-        if local is not None:
-            refs["key_window"][where, _lanes(kp, s.D)] = local
-        if grouped is not None and not form.shared:
-            refs["grouped_key_window"][where, _lanes(kp, s.state_rows)] = grouped
-        refs["value_window"][where, _lanes(kp, s.E)] = value
-
-    @pl.when(n == 0)
-    def _():
-        if form.grouped:
-            refs["state_sum"][...] = refs["state"][0] if "state" in refs else jnp.zeros_like(refs["state_sum"])
-        for name in ("key_window", "grouped_key_window", "value_window"):
-            if name in refs and back and plan.fresh:
-                refs[name][:back] = jnp.zeros((back, refs[name].shape[1]), refs[name].dtype)
-        if back and not plan.fresh:
-            own = refs.get("grouped_key_before")
-            for kp in range(plan.heads):
-                grouped = None if own is None else own[0, :, _lanes(kp, s.P)]
-                key, value = refs["key_before"][0, :, _lanes(kp, s.D)], refs["value_before"][0, :, _lanes(kp, s.E)]
-                put(slice(0, back), kp, key, grouped, value)
-
-    own = refs.get("grouped_key")
-    for kp in range(plan.heads):
-        grouped = None if own is None else keep_inside(own[0, :, _lanes(kp, s.P)])
-        key, value = keep_inside(refs["key"][0, :, _lanes(kp, s.D)]), keep_inside(refs["value"][0, :, _lanes(kp, s.E)])
-        put(slice(back, plan.slots), kp, key, grouped, value)
-
-
-class _Window(NamedTuple):
-    """Of one key/value head: keys as they are multiplied, values, and the state before them."""
-
-    key: Array | None
-    grouped_key: Array | None
-    value: Array
-    state: Array | None
-
-
-def _window(plan: Plan, refs: Refs, kp: int) -> _Window:
-    s, form = plan.sizes, plan.form
-    key = refs["key_window"][:, _lanes(kp, s.D)] if form.scored else None
-    grouped = None
-    if form.grouped:
-        grouped = key if form.shared else refs["grouped_key_window"][:, _lanes(kp, s.state_rows)]
-    state = refs["state_sum"][kp] if form.grouped else None
-    return _Window(key, grouped, refs["value_window"][:, _lanes(kp, s.E)], state)
-
-
-def _advance(plan: Plan, refs: Refs, seen: _Seen) -> None:
-    """Folds the first tokens of the window into the state, and moves it on."""
-    rows, back = plan.rows, plan.back
-    if plan.form.grouped:
-        for kp in range(plan.heads):
-            window = _window(plan, refs, kp)
-            state = window.state if seen.keep is None else jnp.where(seen.keep, window.state, 0.0)
-            refs["state_sum"][kp] = state + chunk.fold(window.grouped_key[:rows], window.value[:rows], seen.fold)
-            if "state_out" in refs:
-                _put_final(plan, refs, seen, kp, window)
-    for name in ("key_window", "grouped_key_window", "value_window"):
-        if name in refs and back:
-            refs[name][:back] = refs[name][rows:]
-
-
-def _put_final(plan: Plan, refs: Refs, seen: _Seen, kp: int, window: _Window) -> None:
-    @pl.when(pl.program_id(2) == plan.blocks - 1)
-    def _():
-        state, rows = refs["state_sum"][kp], plan.rows
-        rest = chunk.fold(window.grouped_key[rows:], window.value[rows:], seen.final_fold)
-        refs["state_out"][0, kp] = jnp.where(seen.final_keep, state, 0.0) + rest
-
-
-def _forward_body(plan: Plan, refs: Refs) -> None:
-    n, s = pl.program_id(2), plan.sizes
-    _put_window(plan, n, refs)
-    _make_bands(plan, refs)
-    seen = _seen(plan, n, refs)
-    for kp in range(plan.heads):
-        window = _window(plan, refs, kp)
-        for i in range(kp * s.J, (kp + 1) * s.J):
-            query = chunk.operand(plan.form, *_queries(plan, refs, i, lambda x: x))
-            x = Operands(query[0], window.key, query[1], window.grouped_key)
-            y = chunk.attend(plan.form, x, window.value, window.state, refs["alpha"][i], seen.masks, _bands(refs, i))
-            refs["y_out"][0, :, _lanes(i, s.E)] = y.astype(refs["y_out"].dtype)
-    _advance(plan, refs, seen)
-
-
-def _query_body(plan: Plan, refs: Refs) -> None:
-    n, s = pl.program_id(2), plan.sizes
-    keep_inside = functools.partial(_inside, plan, n)
-    _put_window(plan, n, refs)
-    _make_bands(plan, refs)
-    seen = _seen(plan, n, refs)
-
-    @pl.when(n == 0)
-    def _():
-        for name in ("alpha_out", "bias_sum", "taps_sum"):
-            if name in refs:
-                refs[name][...] = jnp.zeros_like(refs[name])
-
-    for kp in range(plan.heads):
-        window = _window(plan, refs, kp)
-        for i in range(kp * s.J, (kp + 1) * s.J):
-            given = _queries(plan, refs, i, keep_inside)
-            query = chunk.operand(plan.form, *given)
-            x = Operands(query[0], window.key, query[1], window.grouped_key)
-            y = keep_inside(refs["y"][0, :, _lanes(i, s.E)])
-            bands, alpha = _bands(refs, i), refs["alpha"][i]
-            g = chunk.pull_queries(plan.form, x, window.value, window.state, alpha, seen.masks, bands, y)
-            local, grouped = chunk.pull_operand(plan.form, *given, g.query, g.grouped_query)
-            refs["query_out"][0, :, _lanes(i, s.D)] = local.astype(refs["query_out"].dtype)
-            if grouped is not None:
-                refs["grouped_query_out"][0, :, _lanes(i, s.P)] = grouped.astype(refs["grouped_query_out"].dtype)
-            if g.alpha is not None:
-                refs["alpha_out"][0, i] += g.alpha
-            for name, of_band in (("bias_sum", g.bias), ("taps_sum", g.taps)):
-                if of_band is not None:
-                    refs[name][i] += of_band
-    _advance(plan, refs, seen)
-
-    @pl.when(n == plan.blocks - 1)
-    def _():
-        for name in ("bias", "taps"):
-            for i in range(plan.heads * s.J) if name in refs else ():
-                refs[f"{name}_out"][0, i] = _unskew(plan, refs[f"{name}_sum"][i])
-
-
-def _whole_window(plan: Plan, n: Any, refs: Refs, name: str, lanes: slice) -> Array:
-    """Keys or values of the window as they are given, in reverse order of blocks: earlier ones are read again."""
-    parts = []
-    for piece in range(plan.pieces):
-        first = n * (plan.rows // plan.piece) - plan.pieces + piece
-        x = refs[f"{name}_{piece}"][0, :, lanes]
-        before = jnp.zeros_like(x) if plan.fresh else refs[f"{name}_before_{piece}"][0, :, lanes]
-        parts.append(jnp.where(first >= 0, x, before))
-    parts.append(_inside(plan, n, refs[name][0, :, lanes]))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-
-def _key_body(plan: Plan, refs: Refs) -> None:
-    s, rows = plan.sizes, plan.rows
-    n = plan.blocks - 1 - pl.program_id(2)
-    keep_inside = functools.partial(_inside, plan, n)
-    _make_bands(plan, refs)
-    seen = _seen(plan, n, refs)
-    sums = ("key_sum", "grouped_key_sum", "value_sum", "state_sum")
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for name in sums:
-            refs[name][...] = jnp.zeros_like(refs[name])
-
-    for kp in range(plan.heads):
-        lanes = (_lanes(kp, s.D), _lanes(kp, s.state_rows), _lanes(kp, s.E))
-        key = _whole_window(plan, n, refs, "key", lanes[0])
-        own = _whole_window(plan, n, refs, "grouped_key", lanes[1]) if "grouped_key" in refs else None
-        value = _whole_window(plan, n, refs, "value", lanes[2])
-        operand = chunk.operand(plan.form, key, own)
-
-        def add(name: str, which: slice, at: slice, x: Array) -> None:
-            refs[name][which, at] += x
-
-        if plan.form.grouped:
-            _pull_folds(plan, refs, seen, kp, operand[1], value, lanes)
-        for i in range(kp * s.J, (kp + 1) * s.J):
-            query = chunk.operand(plan.form, *_queries(plan, refs, i, keep_inside))
-            x = Operands(query[0], operand[0], query[1], operand[1])
-            y = keep_inside(refs["y"][0, :, _lanes(i, s.E)])
-            g = chunk.pull_keys(plan.form, x, value, refs["alpha"][i], seen.masks, _bands(refs, i), y)
-            if g.key is not None:
-                add("key_sum", slice(None), lanes[0], g.key)
-            if g.grouped_key is not None:
-                add("grouped_key_sum", slice(None), lanes[1], g.grouped_key)
-                refs["state_sum"][kp] += g.state
-            add("value_sum", slice(None), lanes[2], g.value)
-        _put_key_gradients(plan, refs, kp, key, own, lanes)
-    if plan.back:
-        for name in sums[:3]:
-            refs[name][rows:] = refs[name][: plan.back]
-    for name in sums[:3]:
-        refs[name][:rows] = jnp.zeros((rows, refs[name].shape[1]), jnp.float32)
-
-
-def _pull_folds(
-    plan: Plan, refs: Refs, seen: _Seen, kp: int, grouped_key: Array, value: Array, lanes: tuple[slice, slice, slice]
-) -> None:
-    """The gradients of what was folded after the block, and the step of `state_sum` to the state before it."""
-    rows = plan.rows
-
-    def pull(which: slice, mask: Array | None, gradient: Array) -> None:
-        key, values = chunk.pull_fold(grouped_key[which], value[which], mask, gradient)
-        refs["grouped_key_sum"][which, lanes[1]] += key
-        refs["value_sum"][which, lanes[2]] += values
-
-    if plan.final:
-
-        @pl.when(pl.program_id(2) == 0)
-        def _():
-            final = refs["final"][0, kp]
-            pull(slice(rows, plan.slots), seen.final_fold, final)
-            refs["state_sum"][kp] = jnp.where(seen.final_keep, final, 0.0)
-
-    gradient = refs["state_sum"][kp]
-    pull(slice(0, rows), seen.fold, gradient)
-    if seen.keep is not None:
-        refs["state_sum"][kp] = jnp.where(seen.keep, gradient, 0.0)
-
-
-def _put_key_gradients(
-    plan: Plan, refs: Refs, kp: int, key: Array, own: Array | None, lanes: tuple[slice, slice, slice]
-) -> None:
-    """Writes the gradients that are complete: of the block, and after the first block of what goes before the row."""
-    form, back = plan.form, plan.back
-
-    def put(which: slice, suffix: str) -> None:
-        local = refs["key_sum"][which, lanes[0]] if form.scored else None
-        grouped = refs["grouped_key_sum"][which, lanes[1]] if form.grouped else None
-        of_key, of_own = chunk.pull_operand(form, key[which], None if own is None else own[which], local, grouped)
-        refs[f"key{suffix}"][0, :, lanes[0]] = of_key.astype(refs[f"key{suffix}"].dtype)
-        if of_own is not None:
-            refs[f"grouped_key{suffix}"][0, :, lanes[1]] = of_own.astype(refs[f"grouped_key{suffix}"].dtype)
-        refs[f"value{suffix}"][0, :, lanes[2]] = refs["value_sum"][which, lanes[2]].astype(refs[f"value{suffix}"].dtype)
-
-    put(slice(back, plan.slots), "_out")
-    if not plan.fresh:
-
-        @pl.when(pl.program_id(2) == plan.blocks - 1)
-        def _():
-            if back:
-                put(slice(0, back), "_before_out")
-            if "state_out" in refs:
-                refs["state_out"][0, kp] = refs["state_sum"][kp]
