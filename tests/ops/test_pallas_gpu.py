@@ -1,4 +1,4 @@
-"""The GPU kernels, simulated: what the shared tests of the op do not reach. And compiled, where the compiler is there."""
+"""The GPU kernels, simulated: what the shared tests of the op do not reach; and compiled, where the compiler is."""
 
 import dataclasses
 import functools
