@@ -171,10 +171,8 @@ def print_bytes(lengths: tuple[int, int] = (8192, 524288)) -> None:
             text = compile_step(parts).as_text()
             layer, whole = layer_bytes(parts, text), sent_bytes(find_collectives(text))
             told = (layer["collective-permute"], sum(layer.values()), sum(whole.values()))
-            documents = "several" if segments else "one"
-            print(
-                f"| {architecture} | {groups} | {documents} | {length:,} | " + " | ".join(f"{x:,}" for x in told) + " |"
-            )
+            case = (architecture, groups, "several" if segments else "one", f"{length:,}")
+            print(f"| {' | '.join(map(str, case))} | {' | '.join(f'{x:,}' for x in told)} |", flush=True)
 
 
 def print_memory(length: int) -> None:
@@ -204,11 +202,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="train on one row of a million tokens")
     parser.add_argument("--steps", type=int, default=20, help="steps of --losses")
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, help="models of --losses")
+    parser.add_argument("--quick", action="store_true", help="compile with little optimisation")
     parser.add_argument("--length", type=int, default=2**20, help="tokens of --memory")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    print(f"jax {jax.__version__}, 8 virtual CPU devices")
+    jax.config.update("jax_disable_most_optimizations", arguments.quick)
+    print(f"jax {jax.__version__}, 8 virtual CPU devices{', little optimisation' if arguments.quick else ''}")
     if arguments.losses:
         print_losses(arguments.steps, arguments.architectures)
     if arguments.bytes:
