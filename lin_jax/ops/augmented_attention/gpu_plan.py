@@ -228,6 +228,7 @@ def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
     rows = min(sizes.rows, padded(T))
+    aligned = inputs.aligned and inputs.fresh  # What an initial state does not know has to be masked.
     return Plan(
         form=form_of(inputs),
         tuning=dataclasses.replace(sizes, rows=rows),
@@ -243,9 +244,9 @@ def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
         local_groups=inputs.local_groups,
         taps=0 if inputs.conv_WH is None else inputs.conv_WH.shape[0],
         bias=inputs.bias_XH is not None and inputs.local != "none",
-        aligned=inputs.aligned,
+        aligned=aligned,
         initial=not inputs.fresh,
-        lag=_lag(rows, inputs.group_size, inputs.local_groups, inputs.aligned),
+        lag=_lag(rows, inputs.group_size, inputs.local_groups, aligned),
         itemsize=inputs.v_BTKE.dtype.itemsize,
         interpret="NVIDIA" not in device_kind,
     )
