@@ -28,6 +28,8 @@ from benchmarks.resume import ROOT, Experiment
 STEPS = 40
 DEVICES = 4  # in all, whatever the number of processes
 LOSS_TOLERANCE = 1e-5
+# In which a start must have ended.
+START_SECONDS = 900
 # In which the others must have stopped.
 PATIENCE_SECONDS = 60
 MESHES = {"data 4": ("data=4",), "fsdp 4": ("data=1", "fsdp=4"), "data 2 x fsdp 2": ("data=2", "fsdp=2")}
@@ -91,7 +93,7 @@ class Cluster:
     def finish(self, name: str, count: int, *settings: str) -> "Ending":
         """Let the run `name` go on to its end."""
         processes = self.start(name, count, *settings)
-        codes = [one.process.wait() for one in processes]
+        codes = [one.process.wait(START_SECONDS) for one in processes]
         if any(codes):
             raise RuntimeError("\n".join(f"{one.process.args}: {one.text}" for one in processes))
         silent = all("step" not in one.text and "finished" not in one.text for one in processes[1:])

@@ -25,7 +25,7 @@ from lin_jax.models.flops import training_flops_per_token
 from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
-from lin_jax.train.distributed import agree_on, only_first, require_shared
+from lin_jax.train.distributed import agree_on, only_first, require_shared, settled
 from lin_jax.train.feed import Feed
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
@@ -233,7 +233,7 @@ def _new_state(parts: Parts) -> TrainState:
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )
-    return initialise(jnp.uint32(config.train.seed), known)
+    return settled(initialise(jnp.uint32(config.train.seed), known))
 
 
 def _open_workdir(parts: Parts, tokenizer: Tokenizer, files: LocalFiles, step: int) -> None:
@@ -288,7 +288,7 @@ class _Run:
         self._log.restart_clock()
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
-            state, metrics = update(state, self._to_devices(next(iterator)))
+            state, metrics = settled(update(state, self._to_devices(next(iterator))))
             self._log.add(step, metrics)
             if self._stop.requested(agree=self._due(step, self._train.log_every)):
                 self._save(step, state, iterator)
@@ -360,7 +360,7 @@ class _Run:
         with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:
             for batch in itertools.islice(batches, self._train.evaluate_batches or None):
                 trees = state.parameters, state.frozen, state.constants
-                sums.append(self._evaluate_batch(*trees, self._to_devices(batch)))
+                sums.append(settled(self._evaluate_batch(*trees, self._to_devices(batch))))
         fetched = jax.device_get(sums)
         nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
         assert self._bytes_per_token is not None
