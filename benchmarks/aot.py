@@ -1,9 +1,11 @@
-"""Compiles augmented attention for TPUs that are not here, and prints the temporary memory of each program.
+"""Compiles augmented attention for TPUs and GPUs that are not here, and prints the temporary memory of each program.
 
 python -m benchmarks.aot
 python -m benchmarks.aot --targets v5e --shapes flash110m-1024 --implementations pallas_tpu xla
+python -m benchmarks.aot --targets a100 h100 --implementations pallas_gpu xla
 
-Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU: one target a process. Nothing is run.
+Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU; for GPUs see `benchmarks.cuda_targets`. One target a process.
+Nothing is run.
 
 The arrays are as projections give them, [B, T, H D]: of four axes, [B, T, H, D], a TPU keeps heads in tiles, and an
 argument or result of a program in that form is copied.
@@ -11,6 +13,7 @@ argument or result of a program in that form is copied.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -24,9 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import cuda_targets
 from benchmarks.common import write_json
-from lin_jax.ops.augmented_attention import augmented_attention, pallas_tpu
+from lin_jax.config import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
+from lin_jax.ops.augmented_attention import augmented_attention, gpu_plan, pallas_tpu
 from lin_jax.ops.augmented_attention.blocks import make_plan
+from lin_jax.train import sharding
+from lin_jax.train.loop import abstract_batch, make_parts, make_step
+from lin_jax.train.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +43,12 @@ class Target:
 
     topology: str
     accelerator_type: str
+    chip: str | None = None
 
 
 TARGETS = {
-    "v4": Target("v4:2x2x1", "v4-8"),
+    # Both cores of a chip as one device, as JAX uses them.
+    "v4": Target("v4:2x2x1", "v4-8", "megacore"),
     "v5e": Target("v5e:2x2", "v5litepod-4"),
     "v5p": Target("v5p:2x2x1", "v5p-8"),
     "v6e": Target("v6e:2x2", "v6e-4"),
@@ -47,7 +57,9 @@ DIRECTIONS = ("forward", "backward")
 
 
 def prepare(target: str) -> None:
-    """Tells libtpu of the target; before JAX starts its backends."""
+    """Tells libtpu of the target, or JAX of the CUDA compiler; before JAX starts its backends."""
+    if target in cuda_targets.GPUS:
+        return cuda_targets.prepare()
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -59,9 +71,13 @@ def prepare(target: str) -> None:
 
 def devices(target: str) -> Any:
     """Devices of the target's topology, to compile for."""
+    if target in cuda_targets.GPUS:
+        return [cuda_targets.device(target)]
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target].topology).devices
+    described = TARGETS[target]
+    options = {} if described.chip is None else {"chip_config_name": described.chip}
+    return topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **options).devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +164,8 @@ def compile_case(case: Case, implementation: str, direction: str, device: Any) -
             q, v = case.shapes["q_BTHD"], case.shapes["v_BTKE"]
             y = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[2] * v.shape[3]), v.dtype, sharding=place)
             traced = jax.jit(backward).trace(arrays, y)
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        platform = "cuda" if device.platform == "gpu" else device.platform
+        return traced.lower(lowering_platforms=(platform,)).compile()
 
 
 def yardstick(case: Case, direction: str) -> int:
@@ -193,6 +210,8 @@ def print_rows(rows: list[dict[str, Any]], header: bool) -> None:
 def check(target: str) -> None:
     """Compiles small shapes, and blocks that the compiler must refuse, and prints what came out."""
     device = devices(target)[0]
+    if target in cuda_targets.GPUS:
+        return check_gpu(device)
     small = llama2_7b(300)
     narrow, wide = make(1, 64, 2, 2, 64, 64, taps=4, local="relu2", group_size=16), flash110m(1024)
 
@@ -213,26 +232,95 @@ def check(target: str) -> None:
     attempt("more memory than it may use", wide, "forward", vmem_bytes=4 << 20)
 
 
+TINY: dict[str, Any] = {
+    "flash": FlashConfig(vocabulary_size=256, width=256, depth=2, remat="full", dtype="bfloat16"),
+    "llama": LlamaConfig(
+        vocabulary_size=256,
+        width=512,
+        depth=2,
+        heads=4,
+        key_value_heads=2,
+        feed_forward_size=512,
+        remat="full",
+        dtype="bfloat16",
+    ),
+}
+
+
+def train_step(name: str, implementation: str, target: str) -> Any:
+    """The compiled training step of a small model over four devices of the target."""
+    model = TINY[name]
+    attention = dataclasses.replace(model.attention, implementation=implementation)
+    config = Config(
+        model=dataclasses.replace(model, attention=attention),
+        data=DataConfig(batch_size=8, sequence_length=1024),
+        mesh=MeshConfig(data=2, fsdp=2),
+    )
+    parts = make_parts(config, sharding.make_partition(config.mesh, devices(target)[:4]))
+    state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
+    return make_step(parts).trace(state, abstract_batch(parts)).lower(lowering_platforms=("tpu",)).compile()
+
+
+def measure_training(target: str, implementations: list[str]) -> None:
+    """Compiles both models' steps, and prints what they need and how often they call the kernel's passes."""
+    for name, implementation in itertools.product(TINY, implementations):
+        start = time.perf_counter()
+        try:
+            compiled = train_step(name, implementation, target)
+            text, memory = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+            calls = {each: text.count(f"%augmented_attention_{each}") > 0 for each in ("forward", "queries", "keys")}
+            found = f"{memory / 1e6:.2f} MB a device, kernels {[each for each, there in calls.items() if there]}"
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(
+            f"{target} {name} data 2, fsdp 2 {implementation}: {found}, {time.perf_counter() - start:.0f} s", flush=True
+        )
+
+
+def check_gpu(device: Any) -> None:
+    """The same for a GPU: small shapes, and blocks that do not fit into its shared memory."""
+    small, sizes = llama2_7b(300), gpu_plan.tuning
+
+    def attempt(name: str, direction: str, **illegal: Any) -> None:
+        def tuning(*arguments: Any) -> Any:
+            return dataclasses.replace(sizes(*arguments), **illegal)
+
+        try:
+            with mock.patch.object(gpu_plan, "tuning", tuning):
+                compile_case(small, "pallas_gpu", direction, device)
+            print(f"{name}: compiled")
+        except Exception as error:
+            print(f"{name}: {' '.join(str(error).split())[:1000]}")
+
+    for direction in DIRECTIONS:
+        attempt(direction, direction)
+    attempt("more memory than it may use", "forward", rows=512)
+
+
 def main() -> None:
     """One target in this process, several in one process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, *cuda_targets.GPUS], default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--implementations", nargs="+", default=["pallas_tpu", "xla"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--check", action="store_true", help="small shapes and illegal blocks instead, one target only")
+    parser.add_argument("--train", action="store_true", help="training steps of small models instead")
     parser.add_argument("--json", help="file for the result, one target only")
     options = parser.parse_args()
     if len(options.targets) == 1:
         prepare(options.targets[0])
         if options.check:
             return check(options.targets[0])
+        if options.train:
+            return measure_training(options.targets[0], options.implementations)
         rows = measure(options.targets[0], options.shapes, options.implementations, options.directions)
         write_json(options.json, {"rows": rows})
         return
     for target in options.targets:
         chosen = ["--shapes", *options.shapes, "--implementations", *options.implementations]
         command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, *chosen]
+        command += ["--train"] * options.train
         subprocess.run([*command, "--directions", *options.directions], check=True)
 
 

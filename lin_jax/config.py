@@ -15,6 +15,11 @@ class ConfigError(ValueError):
     """A setting or an input that the user has to change; its message is one line that names it and says how."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, for messages that hold it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def setting(default: Any, doc: str) -> Any:
     """A dataclass field with its documentation, which `--help` prints."""
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -49,7 +54,7 @@ _REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least me
 
 Kind = Literal["augmented", "quadratic", "softmax", "longlora"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
-Implementation = Literal["xla", "reference", "pallas_tpu"]
+Implementation = Literal["xla", "reference", "pallas_tpu", "pallas_gpu"]
 FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
 
 
@@ -547,6 +552,32 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of a run. On TPU pods, under SLURM and under Open MPI nothing is to be set."""
+
+    coordinator: str | None = setting(
+        None, "HOST:PORT at which all processes reach process 0; else $JAX_COORDINATOR_ADDRESS"
+    )
+    processes: int | None = setting(None, "number of processes, on all hosts together; else $JAX_NUM_PROCESSES")
+    process: int | None = setting(None, "which one this is, counted from 0; else $JAX_PROCESS_ID")
+    timeout: int = setting(300, "seconds in which all processes must have started")
+
+    def __post_init__(self):
+        coordinator, processes, process = self.coordinator, self.processes, self.process
+        require(
+            coordinator is None or re.fullmatch(r".+:[1-9]\d{0,4}", coordinator) is not None,
+            f"coordinator must look like HOST:PORT, but is {coordinator}",
+        )
+        require(processes is None or processes > 0, f"processes must be greater than 0, but is {processes}")
+        require(
+            process is None or 0 <= process < (processes or process + 1),
+            f"process must lie between 0 and processes - 1, but is {process}"
+            + (f" of {processes}" if processes else ""),
+        )
+        _require_positive(self, "timeout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is chosen from the model's logits; applied in the order of the fields."""
 
@@ -626,6 +657,7 @@ class Config:
     finetune: FinetuneConfig = section(FinetuneConfig, "a model to start from, and what of it is trained")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     mesh: MeshConfig = section(MeshConfig, "devices")
+    distributed: DistributedConfig = section(DistributedConfig, "the processes of a run on several hosts")
     profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
     show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
     plan: str = setting(

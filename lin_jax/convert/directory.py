@@ -16,7 +16,8 @@ from lin_jax.convert.hugging_face import Weights, write_hugging_face
 from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, save_model, tokenizer_directory
+from lin_jax.train.saved_model import save_model
+from lin_jax.train.workdir import KEPT_TOKENIZER, tokenizer_directory
 
 
 @contextlib.contextmanager

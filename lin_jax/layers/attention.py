@@ -91,7 +91,10 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        operands, cut = self._operands(q, k, v), rows.partition.cut(heads="heads")
+        cut = rows.partition.cut(heads="heads")
+        # The op normalises, so that a kernel needs no normalised copies; but states hold keys that are normalised.
+        inside = cut is None or cut.shards == 1
+        operands = _Operands(q, k, v, None, None) if inside else self._operands(q, k, v)
 
         def attend(branches: _Branches) -> Array:
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
@@ -103,6 +106,7 @@ class Mixing(nnx.Module):
                 cut=cut,
                 position_BT=rows.position_BT,
                 segment_ids_BT=rows.segment_ids_BT,
+                normalise=inside,
                 **self._arguments(operands, branches),
             )
 

@@ -49,7 +49,7 @@ def splash_attention(
         interpret=interpret,
     )
 
-    def of_row(q: Array, k: Array, v: Array, run_T: Array | None) -> Array:
+    def of_row(q: Array, k: Array, v: Array, run_T: Array | None = None) -> Array:
         ids = None if run_T is None else splash.SegmentIds(run_T, run_T)
         return kernel(q, k, v, segment_ids=ids)
 

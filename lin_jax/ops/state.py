@@ -178,7 +178,8 @@ def advance(
         assert before is not None
         valid = (position >= 0) & (position < length_B[:, None])
         index = position + offset_B[:, None]
-        return take_tokens(row, index, valid & (index >= 0)) + take_tokens(before, U + index, valid & (index < 0))
+        of_row, of_before = valid & (index >= 0), valid & (index < 0)
+        return take_tokens(row, index, of_row) + take_tokens(before, U + index, of_before)
 
     return AttentionState(
         state_BKPE=folded_BKPE,

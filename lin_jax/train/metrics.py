@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from lin_jax.train.chips import chip_of
+from lin_jax.train.distributed import agree_on
 from lin_jax.train.step import StepMetrics
 
 METRICS = "metrics.jsonl"
@@ -48,10 +49,11 @@ class MetricsLog:
             self._sinks = [_JsonLines(Path(workdir) / METRICS, step), _Board(Path(workdir) / "tensorboard", step)]
         self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
         self._pending: list[tuple[int, StepMetrics]] = []
+        # All processes must know the same evaluations: they evaluate together.
         evaluations = [
             line for line in read_metrics(Path(workdir) / METRICS) if line.get("validation_loss") is not None
         ]
-        self._validation: dict[str, Any] | None = evaluations[-1] if evaluations else None
+        self._validation: dict[str, Any] | None = agree_on(evaluations[-1] if evaluations else None)
         self._bar = _make_bar(step, steps) if self._sinks and sys.stderr.isatty() else None
         self._mark = time.perf_counter()
 

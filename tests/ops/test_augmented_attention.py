@@ -12,8 +12,8 @@ from tests.ops.attention_cases import Case, cases, make_case
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu"]
-CAUSAL_ONLY = {"pallas_tpu"}
+IMPLEMENTATIONS = ["xla", "pallas_tpu", "pallas_gpu"]
+CAUSAL_ONLY = {"pallas_tpu", "pallas_gpu"}
 EVERY = [*IMPLEMENTATIONS, "reference"]
 every = st.sampled_from(EVERY)
 

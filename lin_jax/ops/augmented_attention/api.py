@@ -105,6 +105,7 @@ def augmented_attention(
         local_groups=local_groups,
         segment_ids_BT=segment_ids_BT,
         initial_state=initial_state,
+        aligned_state=aligned_state,
         return_state=return_state,
         implementation=implementation,
     )
@@ -148,6 +149,7 @@ def make_inputs(
     local_groups: int,
     segment_ids_BT: Array | None,
     initial_state: AttentionState | None,
+    aligned_state: bool,
     return_state: bool,
     implementation: str | None,
 ) -> Inputs:

@@ -220,7 +220,7 @@ def erf(x: Array) -> Array:
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def _activation(local: str, score: Array, near: Array | None) -> Array:
+def activation(local: str, score: Array, near: Array | None) -> Array:
     """a(score) where `near`, else 0; see `lin_jax.ops.activations`."""
     if local == "softmax":
         lowest = float(jnp.finfo(jnp.float32).min)
@@ -234,7 +234,7 @@ def _activation(local: str, score: Array, near: Array | None) -> Array:
     return _where(near, jnp.square(jnp.maximum(score, 0.0)), 0.0)
 
 
-def _pull_activation(local: str, score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
+def pull_activation(local: str, score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
     """Gradient of the score, from that of the weight; 0 where not `near`."""
     if local == "softmax":
         return weight * (gradient - jnp.sum(weight * gradient, axis=-1, keepdims=True))
@@ -264,7 +264,7 @@ def _weights(form: Form, x: Operands, alpha: Array, masks: Masks, bands: Bands) 
         grouped = product if form.shared else None
         score = product * form.score_scale
         score = score if bands.bias is None else score + bands.bias
-        local = _activation(form.local, score, masks.near)
+        local = activation(form.local, score, masks.near)
         terms.append(local)
     if x.grouped_query is not None and x.grouped_key is not None:
         grouped = times_transposed(x.grouped_query, x.grouped_key) if grouped is None else grouped
@@ -324,7 +324,7 @@ def pull_queries(
     weights, weight_gradient = _weights(form, x, alpha, masks, bands), times_transposed(y_gradient, value)
     query = grouped_query = alpha_gradient = bias = None
     if x.query is not None and x.key is not None:
-        score_gradient = _pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
+        score_gradient = pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
         bias = None if bands.bias is None else score_gradient
         query = form.score_scale * times(score_gradient.astype(x.key.dtype), x.key)
     if x.grouped_query is not None and x.grouped_key is not None:
@@ -347,7 +347,7 @@ def pull_keys(
     weights, weight_gradient = _weights(form, x, alpha, masks, bands), times_transposed(y_gradient, value)
     key = grouped_key = state = None
     if x.query is not None and x.key is not None:
-        score_gradient = _pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
+        score_gradient = pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
         key = form.score_scale * transposed_times(score_gradient.astype(x.query.dtype), x.query)
     if x.grouped_query is not None and x.grouped_key is not None:
         seen = _where(masks.far, alpha * weight_gradient, 0.0)

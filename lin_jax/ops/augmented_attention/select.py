@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from lin_jax.ops.augmented_attention import pallas_tpu, reference, xla
+from lin_jax.ops.augmented_attention import pallas_gpu, pallas_tpu, reference, xla
 from lin_jax.ops.augmented_attention.inputs import Inputs, normalised
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ class Kernel(NamedTuple):
 
 
 PLAIN = {"xla": xla.attend, "reference": reference.attend}
-KERNELS = {"pallas_tpu": Kernel("tpu", pallas_tpu.refusal, pallas_tpu.attend)}
+KERNELS = {
+    "pallas_tpu": Kernel("tpu", pallas_tpu.refusal, pallas_tpu.attend),
+    "pallas_gpu": Kernel("gpu", pallas_gpu.refusal, pallas_gpu.attend),
+}
 IMPLEMENTATIONS = (*PLAIN, *KERNELS)
 
 
@@ -62,6 +65,8 @@ def target() -> Target:
     kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
     if kind.startswith("TPU"):
         return Target("tpu", kind)
+    if kind.startswith("NVIDIA"):
+        return Target("gpu", kind)
     platform = jax.default_backend()
     return Target(platform, kind)
 
