@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lin_jax.config import Config
+from lin_jax.paths import absolute
 
 # Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.
 KEPT_TOKENIZER = "hugging_face"
@@ -14,12 +15,12 @@ KEPT_TOKENIZER = "hugging_face"
 
 def checkpoints_directory(workdir: str) -> epath.Path:
     """Where a run keeps its checkpoints."""
-    return epath.Path(workdir).absolute() / "checkpoints"
+    return epath.Path(absolute(workdir)) / "checkpoints"
 
 
 def tokenizer_directory(workdir: str) -> epath.Path:
     """Where a run keeps its tokenizer."""
-    return epath.Path(workdir).absolute() / "tokenizer"
+    return epath.Path(absolute(workdir)) / "tokenizer"
 
 
 def is_run(path: str) -> bool:
