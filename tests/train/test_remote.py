@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -12,8 +13,21 @@ from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
+from safetensors.numpy import load_file
 
-from lin_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, FlashConfig, OptimizerConfig, TrainConfig
+import convert_weights
+from lin_jax.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    FlashConfig,
+    Gpt2Config,
+    OptimizerConfig,
+    TrainConfig,
+)
+from lin_jax.convert.hugging_face import Weights, shapes_of, write_hugging_face
 from lin_jax.data.files import text_files
 from lin_jax.data.tokenizers import load_tokenizer
 from lin_jax.train import trainable
@@ -101,12 +115,36 @@ def test_remote_files_are_copied_once(bucket, tmp_path):
         text_files(("gs://bucket/b*.txt",), "data.path", str(tmp_path / "cache"))
 
 
-def test_a_remote_tokenizer(bucket):
-    (bucket / "own").mkdir()
+def write_tokenizer(directory):
+    directory.mkdir()
     model = tokenizers.models.BPE({"a": 0, "</s>": 1}, [])
-    tokenizers.Tokenizer(model).save(str(bucket / "own" / "tokenizer.json"))
+    tokenizers.Tokenizer(model).save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    (bucket / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_conversions_there_and_back(bucket, tmp_path, capsys):
+    write_tokenizer(bucket / "theirs")
+    attention = AttentionConfig(kind="softmax", convolution=0)
+    sizes = {"width": 8, "depth": 1, "heads": 2, "feed_forward_size": 8, "positions": 16}
+    model = Gpt2Config(vocabulary_size=2, attention=attention, **sizes)
+    random = np.random.default_rng(0)
+    arrays = {path: jnp.asarray(random.normal(size=s.shape), s.dtype) for path, s in shapes_of(model).items()}
+    write_hugging_face(bucket / "theirs", Weights(model, arrays), None, {})
+    for source, target, form in (("theirs", "ours", "lin_jax"), ("ours", "back", "hf")):
+        names = f"gs://bucket/{source}", f"gs://bucket/{target}"
+        assert convert_weights.main(["--input", names[0], "--output", names[1], "--to", form]) == 0
+        assert capsys.readouterr().out.startswith(f"{names[1]}: gpt2")
+    before, after = (load_file(bucket / name / "model.safetensors") for name in ("theirs", "back"))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    assert convert_weights.main(["--input", "gs://bucket/none", "--output", str(tmp_path / "out")]) == 2
+    assert "gs://bucket/none does not exist" in capsys.readouterr().err
+
+
+def test_a_remote_tokenizer(bucket):
+    write_tokenizer(bucket / "own")
     found = load_tokenizer(DataConfig(tokenizer="gs://bucket/own"), "unused")
     assert found.encode("aa").tolist() == [0, 0] and found.end_id == 1
     with pytest.raises(ConfigError, match=r"data\.tokenizer: gs://bucket/none is no directory"):
