@@ -115,6 +115,7 @@ def seekable(name: str, cache_directory: str) -> str:
 
 def cache_path(name: str, cache_directory: str, purpose: str, suffix: str) -> Path:
     """Where something made from a file is kept: another name as soon as the file changes."""
+    require(not is_remote(cache_directory), f"data.cache_directory must be local, but is {cache_directory}")
     if is_remote(name):
         remote = epath.Path(name).stat()
         identity = (name, remote.length, remote.mtime, purpose)
