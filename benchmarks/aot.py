@@ -232,6 +232,26 @@ def check(target: str) -> None:
     attempt("more memory than it may use", wide, "forward", vmem_bytes=4 << 20)
 
 
+def check_gpu(device: Any) -> None:
+    """The same for a GPU: small shapes, and blocks that do not fit into its shared memory."""
+    small, sizes = llama2_7b(300), gpu_plan.tuning
+
+    def attempt(name: str, direction: str, **illegal: Any) -> None:
+        def tuning(*arguments: Any) -> Any:
+            return dataclasses.replace(sizes(*arguments), **illegal)
+
+        try:
+            with mock.patch.object(gpu_plan, "tuning", tuning):
+                compile_case(small, "pallas_gpu", direction, device)
+            print(f"{name}: compiled")
+        except Exception as error:
+            print(f"{name}: {' '.join(str(error).split())[:1000]}")
+
+    for direction in DIRECTIONS:
+        attempt(direction, direction)
+    attempt("more memory than it may use", "forward", rows=512)
+
+
 TINY: dict[str, Any] = {
     "flash": FlashConfig(vocabulary_size=256, width=256, depth=2, remat="full", dtype="bfloat16"),
     "llama": LlamaConfig(
@@ -275,26 +295,6 @@ def measure_training(target: str, implementations: list[str]) -> None:
         print(
             f"{target} {name} data 2, fsdp 2 {implementation}: {found}, {time.perf_counter() - start:.0f} s", flush=True
         )
-
-
-def check_gpu(device: Any) -> None:
-    """The same for a GPU: small shapes, and blocks that do not fit into its shared memory."""
-    small, sizes = llama2_7b(300), gpu_plan.tuning
-
-    def attempt(name: str, direction: str, **illegal: Any) -> None:
-        def tuning(*arguments: Any) -> Any:
-            return dataclasses.replace(sizes(*arguments), **illegal)
-
-        try:
-            with mock.patch.object(gpu_plan, "tuning", tuning):
-                compile_case(small, "pallas_gpu", direction, device)
-            print(f"{name}: compiled")
-        except Exception as error:
-            print(f"{name}: {' '.join(str(error).split())[:1000]}")
-
-    for direction in DIRECTIONS:
-        attempt(direction, direction)
-    attempt("more memory than it may use", "forward", rows=512)
 
 
 def main() -> None:

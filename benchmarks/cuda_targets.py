@@ -1,9 +1,9 @@
 """Descriptions of NVIDIA GPUs that are not here, to compile for: `benchmarks.aot` uses them.
 
-Needs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version (`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`),
-and neither CUDA's libraries nor a GPU. The figures are those that the driver reports of these devices; the compiler
-needs them to choose instructions and to refuse what does not fit. One target a process: a second one in the same
-process is compiled for the first.
+Needs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version (`pip install --no-deps jax-cuda12-plugin
+jax-cuda12-pjrt`), and neither CUDA's libraries nor a GPU. The figures are those that the driver reports of these
+devices; the compiler needs them to choose instructions and to refuse what does not fit. One target a process: a second
+one in the same process is compiled for the first.
 """
 
 import dataclasses

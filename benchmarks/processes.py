@@ -6,8 +6,8 @@ SIGKILL, which must stop the others, and the run is started again; one is told b
 ends with exit code 1 if anything does not agree. Twelve starts; about ten minutes on two cores.
 """
 
+import argparse
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,8 @@ from benchmarks.resume import ROOT, Experiment
 STEPS = 40
 DEVICES = 4  # in all, whatever the number of processes
 LOSS_TOLERANCE = 1e-5
+# In which a start must have ended.
+START_SECONDS = 900
 # In which the others must have stopped.
 PATIENCE_SECONDS = 60
 MESHES = {"data 4": ("data=4",), "fsdp 4": ("data=1", "fsdp=4"), "data 2 x fsdp 2": ("data=2", "fsdp=2")}
@@ -90,7 +93,7 @@ class Cluster:
     def finish(self, name: str, count: int, *settings: str) -> "Ending":
         """Let the run `name` go on to its end."""
         processes = self.start(name, count, *settings)
-        codes = [one.process.wait() for one in processes]
+        codes = [one.process.wait(START_SECONDS) for one in processes]
         if any(codes):
             raise RuntimeError("\n".join(f"{one.process.args}: {one.text}" for one in processes))
         silent = all("step" not in one.text and "finished" not in one.text for one in processes[1:])
@@ -180,37 +183,68 @@ def stop_one(cluster: Cluster, name: str, count: int) -> str:
     return f"all ended without error; {processes[0].text.splitlines()[-1]}"
 
 
-def main() -> int:
-    """Run all of it; returns the exit code."""
-    print(f"jax {jax.__version__}, {DEVICES} CPU devices in all, {os.cpu_count()} cores")
-    failed = False
+class Table:
+    """Rows that are printed as they come out, the failed ones too."""
 
-    def row(name: str, make: Callable[[], str]) -> None:
-        nonlocal failed
+    def __init__(self) -> None:
+        """Print the head."""
+        self.failed = False
+        print("| what | largest relative differences, or what happened | took |\n|---|---|---|")
+
+    def row(self, name: str, make: Callable[..., str], *arguments: Any) -> None:
+        """One row with what `make(*arguments)` says."""
         begin = time.perf_counter()
         try:
-            result = make()
+            result = make(*arguments)
         except (AssertionError, RuntimeError, subprocess.TimeoutExpired) as error:
-            failed, result = True, f"FAILED: {error}"
+            self.failed, result = True, f"FAILED: {error}"
         print(f"| {name} | {result} | {time.perf_counter() - begin:.0f} s |", flush=True)
 
+
+def agree(cluster: Cluster, table: Table) -> None:
+    """Several processes against one."""
+    one = cluster.finish("one", 1, *mesh("data 4"))
+    for name, count in (("data 4", 2), ("data 4", 4), ("fsdp 4", 4), ("data 2 x fsdp 2", 2)):
+        run = f"{count}_{name.replace(' ', '_')}"
+        table.row(f"{count} processes, mesh {name}", finish, cluster, run, count, name, one)
+
+
+def resume(cluster: Cluster, table: Table) -> None:
+    """A run that goes on in another number of processes, against one that stays in one."""
+    one = cluster.finish("only", 1, *mesh("data 4"))
+    for counts in ((4, 2, 1), (4, 1)):
+        table.row(f"{', then '.join(map(str, counts))} processes", in_turn, cluster, counts, one)
+
+
+def kill(cluster: Cluster, table: Table) -> None:
+    """Processes that are killed, and the run that is started again against one that was not."""
+    whole = cluster.finish("whole", 4, *mesh("fsdp 4"))
+    for victim, moment in ((3, "step 10/"), (0, "step 10/"), (1, "compiled in")):
+        run, after = f"killed_{victim}", moment.rstrip("/")
+        table.row(f"SIGKILL to process {victim} of 4 after {after!r}", kill_one, cluster, run, 4, victim, moment)
+        table.row("- started again", finish, cluster, run, 4, "fsdp 4", whole)
+
+
+def stop(cluster: Cluster, table: Table) -> None:
+    """A process that is told to stop."""
+    table.row("SIGTERM to one of 2", stop_one, cluster, "stopped", 2)
+
+
+PARTS = {"agree": agree, "resume": resume, "kill": kill, "stop": stop}
+
+
+def main() -> int:
+    """Run all of it, or the named parts; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    names = parser.parse_args().parts or PARTS
+    print(f"jax {jax.__version__}, {DEVICES} CPU devices in all, {os.cpu_count()} cores")
+    table = Table()
     with tempfile.TemporaryDirectory() as scratch:
         cluster = Cluster(Path(scratch))
-        print("| what | against one process, largest relative differences | took |\n|---|---|---|")
-        one = cluster.finish("one", 1, *mesh("data 4"))
-        for name, count in (("data 4", 2), ("data 4", 4), ("fsdp 4", 4), ("data 2 x fsdp 2", 2)):
-            run = f"{count}_{name.replace(' ', '_')}"
-            row(f"{count} processes, mesh {name}", functools.partial(finish, cluster, run, count, name, one))
-        row("4 processes, then 2, then 1", lambda: in_turn(cluster, (4, 2, 1)).against(one))
-        row("4 processes, then 1", lambda: in_turn(cluster, (4, 1)).against(one))
-        whole = cluster.finish("whole", 4, *mesh("fsdp 4"))
-        for victim, moment in ((3, "step 10/"), (0, "step 10/"), (1, "compiled in")):
-            run = f"killed_{victim}"
-            kill = functools.partial(kill_one, cluster, run, 4, victim, moment)
-            row(f"SIGKILL to process {victim} of 4 after {moment.rstrip('/')!r}", kill)
-            row("- started again", functools.partial(finish, cluster, run, 4, "fsdp 4", whole))
-        row("SIGTERM to one of 2", functools.partial(stop_one, cluster, "stopped", 2))
-    return int(failed)
+        for name in names:
+            PARTS[name](cluster, table)
+    return int(table.failed)
 
 
 def finish(cluster: Cluster, run: str, count: int, name: str, other: Ending) -> str:
@@ -223,13 +257,13 @@ def mesh(name: str) -> list[str]:
     return [f"mesh.{part}" for part in MESHES[name]]
 
 
-def in_turn(cluster: Cluster, counts: Sequence[int]) -> Ending:
-    """A run that goes on with other numbers of processes, and with other meshes."""
+def in_turn(cluster: Cluster, counts: Sequence[int], other: Ending) -> str:
+    """How a run that goes on with other numbers of processes, and with other meshes, agrees with another one."""
     name = "_".join(map(str, counts))
     for number, count in enumerate(counts):
         steps = STEPS * (number + 1) // len(counts)
         ending = cluster.finish(name, count, f"train.steps={steps}", *mesh("fsdp 4" if number % 2 == 0 else "data 4"))
-    return ending
+    return ending.against(other)
 
 
 if __name__ == "__main__":

@@ -42,17 +42,24 @@ def splash_attention(
 
     T, H, D = q_BTHD.shape[1:]
     tile = next(size for size in (TILE, TILE // 2, LANES) if T % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
-        block_sizes=splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), tile)),
-        interpret=interpret,
+    blocks = splash.BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_kv_compute=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_kv_dkv_compute=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
     )
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
 
     def of_row(q: Array, k: Array, v: Array, run_T: Array | None = None) -> Array:
         ids = None if run_T is None else splash.SegmentIds(run_T, run_T)
         return kernel(q, k, v, segment_ids=ids)
 
     scaled = (q_BTHD * D**-0.5).astype(q_BTHD.dtype)
-    arrays = (jnp.swapaxes(x, 1, 2) for x in (scaled, k_BTKD, v_BTKE))
-    return jnp.swapaxes(jax.vmap(of_row, in_axes=(0, 0, 0, None if run_BT is None else 0))(*arrays, run_BT), 1, 2)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k_BTKD, v_BTKE))
+    y = jax.vmap(of_row, in_axes=(0, 0, 0, None if run_BT is None else 0))(q, k, v, run_BT)
+    return jnp.swapaxes(y, 1, 2)

@@ -111,6 +111,16 @@ def agree_on(value: Any) -> Any:
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))))
 
 
+def settled(result: Any) -> Any:
+    """`result`, waited for where programs that do not wait for each other's results must not run at once.
+
+    Gloo, which carries the collectives of CPUs, mixes those of several programs up, and they wait for ever.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(result)
+    return result
+
+
 def wait_for_all(where: str) -> None:
     """Go on when all processes are here."""
     if jax.process_count() > 1:

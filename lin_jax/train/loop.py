@@ -14,21 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
-from lin_jax.config import Config, ConfigError, require
+from lin_jax.config import Config, ConfigError, first_line, require
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.layers.partition import Partition
+from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
-from lin_jax.train.distributed import agree_on, only_first, require_shared
+from lin_jax.train.distributed import agree_on, only_first, require_shared, settled
 from lin_jax.train.feed import Feed
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
-from lin_jax.train.metrics import MetricsLog, draw_learning_curve
+from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.record import write_run_record
+from lin_jax.train.record import RECORD, write_run_record
 from lin_jax.train.saved_model import load_base
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
@@ -159,7 +161,7 @@ def _with_absolute_base(config: Config) -> Config:
     """The settings that are saved must name the model it started from wherever they are read."""
     if not config.finetune.checkpoint:
         return config
-    path = str(Path(config.finetune.checkpoint).absolute())
+    path = absolute(config.finetune.checkpoint)
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
@@ -177,9 +179,10 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
         f"the newest checkpoint in {config.workdir} is of step {step}, beyond train.steps={config.train.steps}: raise "
         "that, or choose another --config.workdir",
     )
-    _open_workdir(parts, tokenizer, step)
+    files = LocalFiles(config.workdir, (METRICS, RECORD) if jax.process_index() == 0 else ())
+    _open_workdir(parts, tokenizer, files, step)
     log = MetricsLog(
-        config.workdir,
+        files.directory,
         step,
         config.train.steps,
         float(step_flops(config).needed),
@@ -188,7 +191,7 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
     saver = checkpoint.Checkpoints(config, restored, frozen, ready.text, log.message)
     try:
         with StopRequest() as stop:
-            return _Run(parts, tokenizer, log, saver, stop).go_on(state, step, iterator)
+            return _Run(parts, tokenizer, files, log, saver, stop).go_on(state, step, iterator)
     finally:
         saver.close()
         log.close()
@@ -196,7 +199,7 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
 
 def _prepare(config: Config, partition: Partition) -> _Ready:
     """Check everything that can be checked without computing, in the order of what it costs."""
-    require("://" not in config.workdir, f"config.workdir must be a local or mounted directory: {config.workdir}")
+    check_remote(config.workdir, "config.workdir")
     sharding.check_fit(config, partition)
     resumes = checkpoint.has_checkpoint(config)
     tokenizer = _tokenizer(config, resumes)
@@ -236,18 +239,19 @@ def _new_state(parts: Parts) -> TrainState:
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )
-    return initialise(jnp.uint32(config.train.seed), known)
+    return settled(initialise(jnp.uint32(config.train.seed), known))
 
 
-def _open_workdir(parts: Parts, tokenizer: Tokenizer, step: int) -> None:
+def _open_workdir(parts: Parts, tokenizer: Tokenizer, files: LocalFiles, step: int) -> None:
     if jax.process_index() != 0:
         return
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
+    count = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
     try:
-        Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
+        epath.Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir.tokenizer_directory(parts.config.workdir))
         workdir.keep_tokenizer_files(parts.config)
-        write_run_record(parts.config, step, sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)))
+        write_run_record(files.directory, parts.config, step, count)
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
 
@@ -264,10 +268,16 @@ class _Run:
     """The loop, with what it writes to."""
 
     def __init__(
-        self, parts: Parts, tokenizer: Tokenizer, log: MetricsLog, saver: checkpoint.Checkpoints, stop: StopRequest
+        self,
+        parts: Parts,
+        tokenizer: Tokenizer,
+        files: LocalFiles,
+        log: MetricsLog,
+        saver: checkpoint.Checkpoints,
+        stop: StopRequest,
     ):
         self._parts, self._tokenizer, self._log, self._saver, self._stop = parts, tokenizer, log, saver, stop
-        self._train, self._workdir = parts.config.train, parts.config.workdir
+        self._train, self._files = parts.config.train, files
         self._feed = parts.feed
         self._evaluate_batch: Any = None
         self._bytes_per_token: float | None = None
@@ -284,7 +294,7 @@ class _Run:
         self._log.restart_clock()
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
-            state, metrics = update(state, self._to_devices(next(iterator)))
+            state, metrics = settled(update(state, self._to_devices(next(iterator))))
             self._log.add(step, metrics)
             if self._stop.requested(agree=self._due(step, self._train.log_every)):
                 self._save(step, state, iterator)
@@ -319,10 +329,19 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, iterator: Iterator) -> None:
         self._flush()
+        self._publish()  # Before the checkpoint, whose lines of metrics must be there.
         validation = self._log.validation_at(step)
         loss = validation.get("objective", validation["validation_loss"]) if validation else None
         self._saver.save(step, state, iterator, loss)
         self._log.restart_clock()
+
+    def _publish(self) -> None:
+        if jax.process_index() != 0:
+            return
+        try:
+            self._files.publish()
+        except Exception as error:  # of whatever library speaks to a remote directory
+            self._log.message(f"warning: metrics cannot be copied to {self._parts.config.workdir}: {first_line(error)}")
 
     def _validate(self, step: int, state: TrainState) -> Mapping[str, float]:
         self._flush()
@@ -347,7 +366,7 @@ class _Run:
         with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:
             for batch in itertools.islice(batches, self._train.evaluate_batches or None):
                 trees = state.parameters, state.frozen, state.constants
-                sums.append(self._evaluate_batch(*trees, self._to_devices(batch)))
+                sums.append(settled(self._evaluate_batch(*trees, self._to_devices(batch))))
         fetched = jax.device_get(sums)
         nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
         assert self._bytes_per_token is not None
@@ -377,7 +396,7 @@ class _Run:
     def _profile(self, step: int) -> None:
         """Start or stop the trace; `step` counts from the start of this process."""
         if self._parts.config.profile and step == _PROFILED_STEPS[0]:
-            jax.profiler.start_trace(str(Path(self._workdir) / "profile"))
+            jax.profiler.start_trace(str(self._files.directory / "profile"))
             self._tracing = True
         elif step == _PROFILED_STEPS[1]:
             self._stop_profile()
@@ -393,11 +412,14 @@ class _Run:
         self._log.close()
         if jax.process_index() == 0:
             try:
-                draw_learning_curve(self._workdir)
+                draw_learning_curve(self._files.directory)
                 if validation is not None and self._has_heads:
-                    self._log.message(write_best_tree(self._workdir, self._parts.config.finetune.medusa, validation))
+                    self._log.message(
+                        write_best_tree(self._files.directory, self._parts.config.finetune.medusa, validation)
+                    )
             except OSError as error:
-                self._log.message(f"warning: {self._workdir} cannot be written to ({error.strerror or error})")
+                self._log.message(f"warning: {self._files.directory} cannot be written to ({error.strerror or error})")
+        self._publish()
         require(self._saver.complete, f"the checkpoint of step {step} could not be saved; free space and run again")
         return Result(step, interrupted, validation)
 

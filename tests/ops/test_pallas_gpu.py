@@ -1,6 +1,5 @@
-"""The GPU kernels, simulated: what the shared tests of the op do not reach. And compiled, where the compiler is there."""
+"""The GPU kernels, simulated: what the shared tests of the op do not reach; and compiled, where the compiler is."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -74,36 +73,6 @@ def assert_equals_the_reference(case, tolerance=1e-4):
 )
 def test_blocks_parts_and_tiles(options):
     assert_equals_the_reference(make_case(11, **options))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"segments": True}, {"T": 29, "local": "softmax", "local_groups": 2, "own_grouped": True, "taps": 13}],
-)
-def test_gradients_of_the_states(options):
-    """Through the initial state to the final one."""
-    case, before = make_case(3, B=2, J=1, **options), make_case(4, B=2, T=11, J=1, **options)
-    ids = jnp.asarray([[2] * 7 + [0] * 4, [3] * 11], jnp.int32)
-    _, state = before("reference", {**before.arrays, "segment_ids_BT": ids}, return_state=True)
-    length_B = state.length_B
-    floats = {**case.floats(), "state": dataclasses.replace(state, length_B=None)}
-
-    def run(implementation, floats):
-        given = dict(floats)
-        initial = dataclasses.replace(given.pop("state"), length_B=length_B)
-        more = {"initial_state": initial, "return_state": True, "implementation": implementation}
-        y, final = augmented_attention(**{**case.arrays, **given}, **case.options, **more)
-        return y, dataclasses.replace(final, length_B=None)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def with_gradients(implementation):
-        out, pull = jax.vjp(functools.partial(run, implementation), floats)
-        cotangent = jax.tree.map(lambda x: jnp.cos(3 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out)
-        return out, pull(cotangent)[0]
-
-    actual, expected = with_gradients("pallas_gpu"), with_gradients("reference")
-    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        assert relative_error(a, b) < 1e-4, path
 
 
 def test_bfloat16_without_what_was_never_written():

@@ -71,7 +71,8 @@ def test_blocks_and_groups_of_other_sizes(blocks, rows, heads, options):
         {"T": 29, "local": "softmax", "local_groups": 2, "own_grouped": True, "taps": 13, "feature_map": "elu1"},
     ],
 )
-def test_gradients_of_the_states(options):
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_gradients_of_the_states(implementation, options):
     """Through the initial state to the final one."""
     case, before = make_case(3, B=2, J=1, **options), make_case(4, **{**options, "B": 2, "T": 11, "J": 1})
     ids = jnp.asarray([[2] * 7 + [0] * 4, [3] * 11], jnp.int32)
@@ -92,7 +93,7 @@ def test_gradients_of_the_states(options):
         cotangent = jax.tree.map(lambda x: jnp.cos(3 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out)
         return out, pull(cotangent)[0]
 
-    actual, expected = with_gradients("pallas_tpu"), with_gradients("reference")
+    actual, expected = with_gradients(implementation), with_gradients("reference")
     for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert relative_error(a, b) < 1e-4, path
 

@@ -78,9 +78,9 @@ class Plan:
         taps: taps of the convolution, 0 where it is off.
         aligned: every row is one sequence from its first token.
         initial: whether a state goes before the first key token.
-        lag: blocks before its own that a block of queries sees one by one in both branches; the state holds those before
-            them. None: it varies, as a group has several blocks and the row is aligned. The convolution may reach
-            further back, see `reach`.
+        lag: blocks before its own that a block of queries sees one by one in both branches; the state holds those
+            before them. None: it varies, as a group has several blocks and the row is aligned. The convolution may
+            reach further back, see `reach`.
     """
 
     form: Form
@@ -253,7 +253,7 @@ def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
 
 
 def _lag(rows: int, G: int, R: int, aligned: bool) -> int | None:
-    if aligned and G % rows == 0 and rows < G:
+    if aligned and rows < G and G % rows == 0:
         return None
     if aligned and rows % G == 0:
         return -(-(R - 1) * G // rows)

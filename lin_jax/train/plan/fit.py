@@ -12,7 +12,7 @@ from lin_jax.train.plan.target import Target
 
 Report = Callable[[str], None]
 
-# Of a GPU's memory JAX takes at most this part, with XLA_PYTHON_CLIENT_MEM_FRACTION set to it; CUDA needs the rest.
+# Of a GPU's memory JAX takes at most this part, with XLA_CLIENT_MEM_FRACTION set to it; CUDA needs the rest.
 GPU_FRACTION = 0.92
 
 
