@@ -33,6 +33,7 @@ from lin_jax.train import sharding
 from lin_jax.train.collectives import find_collectives, sent_bytes
 from lin_jax.train.loop import Parts, abstract_batch, make_parts, make_step
 from lin_jax.train.state import TrainState, abstract_state, initial_state
+from lin_jax.train.step import language_model_loss
 
 VOCABULARY = 64
 MESHES = {
@@ -117,6 +118,21 @@ def follow(
         if gradient is None:  # Adam's first mean is a tenth of it.
             gradient = jax.device_get(optax.tree_utils.tree_get(state.optimizer, "mu"))
     return Course(np.array(losses), gradient, jax.device_get(state.parameters))
+
+
+def first_gradient(model: ModelConfig, mesh: MeshConfig, devices: int) -> tuple[float, Any]:
+    """The loss of a batch and its gradient, without an optimizer."""
+    parts = parts_of(model, mesh, devices, 8, 64, segments=True)
+    loss = language_model_loss(parts.structure, parts.loss_settings, parts.partition)
+
+    def mean(parameters: Any, constants: Any, batch: Any) -> jax.Array:
+        sums = loss(parameters, {}, constants, batch)
+        return sums.loss / sums.weight
+
+    state = start(parts)
+    batch = jax.device_put(make_batch(8, 64, True, 0), sharding.batch_sharding(parts.partition))
+    value, gradient = jax.jit(jax.value_and_grad(mean))(state.parameters, state.constants, batch)
+    return float(value), jax.device_get(gradient)
 
 
 def difference(found: Any, expected: Any) -> float:
