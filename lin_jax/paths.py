@@ -13,14 +13,15 @@ from etils import epath
 
 from lin_jax.config import ConfigError, first_line, require
 
-SCHEMES = ("gs://", "s3://", "az://")
-# What etils reaches them with.
-_NEEDED = {"gs://": "gcsfs", "s3://": "s3fs", "az://": "adlfs"}
+# Checkpoints can be in no other remote place.
+SCHEME = "gs://"
+# What etils and the checkpoint library reach it with.
+_NEEDED = "gcsfs"
 
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is not one of this machine's files."""
-    return "://" in str(path) or not isinstance(epath.Path(path), Path)
+    return "://" in str(path)
 
 
 def absolute(path: str) -> str:
@@ -32,14 +33,13 @@ def check_remote(path: str, name: str) -> None:
     """Raise `ConfigError` unless `path`, the value of the setting `name`, is local or can be reached."""
     if not is_remote(path):
         return
-    scheme = path.partition("://")[0] + "://"
-    require(scheme in SCHEMES, f"{name}={path} is neither local nor one of {', '.join(SCHEMES)}")
+    require(path.startswith(SCHEME), f"{name}: {path} is neither local nor does it begin with {SCHEME}")
     try:
         epath.Path(path).exists()
     except ImportError as error:
-        raise ConfigError(f"{name}={path} needs {_NEEDED[scheme]}: pip install {_NEEDED[scheme]}") from error
+        raise ConfigError(f"{name}: {path} needs {_NEEDED}: pip install {_NEEDED}") from error
     except Exception as error:  # of whatever library speaks to it
-        raise ConfigError(f"{name}={path} cannot be reached: {first_line(error)}") from error
+        raise ConfigError(f"{name}: {path} cannot be reached: {first_line(error)}") from error
 
 
 def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:

@@ -5,8 +5,10 @@ the format of the `tokenizers` library (not for bytes), and `tokenizer_info.json
 """
 
 import abc
+import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lin_jax.config import ConfigError, DataConfig, first_line, require
 from lin_jax.data.sources import open_source
+from lin_jax.paths import check_remote, copy_directory, is_remote
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # More text changes the merges of a learned vocabulary little.
@@ -129,6 +132,8 @@ def load_tokenizer(config: DataConfig, cache_directory: epath.PathLike) -> Token
         return BytesTokenizer()
     if config.tokenizer == "train":
         return _learned(config, epath.Path(cache_directory))
+    if is_remote(config.tokenizer):
+        return _remote(config)
     directory = os.path.expanduser(config.tokenizer)
     if os.path.isdir(directory):
         for vocabulary, merges in _GPT2_FILES:
@@ -168,6 +173,15 @@ def _write_files(directory: epath.PathLike, texts: dict[str, str]) -> None:
         temporary = directory / f"{name}.{os.getpid()}"
         temporary.write_text(text)
         temporary.replace(directory / name)
+
+
+def _remote(config: DataConfig) -> Tokenizer:
+    """The tokenizer in a remote directory, whose libraries read local files only."""
+    check_remote(config.tokenizer, "data.tokenizer")
+    require(epath.Path(config.tokenizer).is_dir(), f"data.tokenizer: {config.tokenizer} is no directory")
+    with tempfile.TemporaryDirectory() as copy:
+        copy_directory(config.tokenizer, copy)
+        return load_tokenizer(dataclasses.replace(config, tokenizer=copy), copy)
 
 
 def _learned(config: DataConfig, directory: epath.Path) -> Tokenizer:

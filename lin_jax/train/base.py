@@ -9,6 +9,7 @@ from lin_jax.config import Config, require
 from lin_jax.layers.lora import ADAPTER
 from lin_jax.models.medusa import HEADS
 from lin_jax.overrides import config_to_dict
+from lin_jax.paths import check_remote
 from lin_jax.train.checksums import checksums
 from lin_jax.train.trainable import NEW
 
@@ -18,6 +19,7 @@ _FREE_OF_BASE = ("attention", "dtype", "remat", "rope", "positions", "padding", 
 
 def check_base(path: str) -> None:
     """Raise `ConfigError` where there is no run at `path`, a value of `finetune.checkpoint`."""
+    check_remote(path, "finetune.checkpoint")
     directory = epath.Path(path)
     require(directory.exists(), f"finetune.checkpoint: {path} does not exist")
     plain = (directory / "config.json").exists() and not (directory / "checkpoints").exists()

@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lin_jax.config import Config
+from lin_jax.paths import absolute, copy_file
 
 # Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.
 KEPT_TOKENIZER = "hugging_face"
@@ -14,12 +15,12 @@ KEPT_TOKENIZER = "hugging_face"
 
 def checkpoints_directory(workdir: str) -> epath.Path:
     """Where a run keeps its checkpoints."""
-    return epath.Path(workdir).absolute() / "checkpoints"
+    return epath.Path(absolute(workdir)) / "checkpoints"
 
 
 def tokenizer_directory(workdir: str) -> epath.Path:
     """Where a run keeps its tokenizer."""
-    return epath.Path(workdir).absolute() / "tokenizer"
+    return epath.Path(absolute(workdir)) / "tokenizer"
 
 
 def is_run(path: str) -> bool:
@@ -45,9 +46,8 @@ def keep_tokenizer_files(config: Config) -> None:
     kept = base_tokenizer_directory(config) / KEPT_TOKENIZER
     if config.data.tokenizer == "checkpoint" and kept.is_dir():
         target = tokenizer_directory(config.workdir) / KEPT_TOKENIZER
-        target.mkdir(parents=True, exist_ok=True)
         for file in kept.iterdir():
-            file.copy(target / file.name, overwrite=True)
+            copy_file(file, target / file.name)
 
 
 def workdir_and_step(path: str) -> tuple[str, int | None]:
