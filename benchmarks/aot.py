@@ -43,10 +43,12 @@ class Target:
 
     topology: str
     accelerator_type: str
+    chip: str | None = None
 
 
 TARGETS = {
-    "v4": Target("v4:2x2x1", "v4-8"),
+    # Both cores of a chip as one device, as JAX uses them.
+    "v4": Target("v4:2x2x1", "v4-8", "megacore"),
     "v5e": Target("v5e:2x2", "v5litepod-4"),
     "v5p": Target("v5p:2x2x1", "v5p-8"),
     "v6e": Target("v6e:2x2", "v6e-4"),
@@ -73,7 +75,9 @@ def devices(target: str) -> Any:
         return [cuda_targets.device(target)]
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target].topology).devices
+    described = TARGETS[target]
+    options = {} if described.chip is None else {"chip_config_name": described.chip}
+    return topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **options).devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +276,7 @@ def train_step(name: str, implementation: str, target: str) -> Any:
         data=DataConfig(batch_size=8, sequence_length=1024),
         mesh=MeshConfig(data=2, fsdp=2),
     )
-    mesh = sharding.make_mesh(config.mesh, devices(target)[:4])
-    parts = make_parts(config, mesh)
+    parts = make_parts(config, sharding.make_partition(config.mesh, devices(target)[:4]))
     state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
     return make_step(parts).trace(state, abstract_batch(parts)).lower(lowering_platforms=("tpu",)).compile()
 

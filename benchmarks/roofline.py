@@ -183,7 +183,9 @@ def gpu_kernel(inputs: Inputs, kind: str, direction: str) -> Cost:
     if direction == "forward":
         return _sum([forward_kernel(plans.forward), sums_kernel(plans.forward, plans.forward.heads)])
     plan = plans.backward
-    return _sum([query_kernels(plan), sums_kernel(plan, plan.heads), key_kernels(plan), sums_kernel(plan, plan.key_heads)])
+    return _sum(
+        [query_kernels(plan), sums_kernel(plan, plan.heads), key_kernels(plan), sums_kernel(plan, plan.key_heads)]
+    )
 
 
 class Pairs(NamedTuple):
@@ -286,7 +288,10 @@ COUNTS: dict[str, tuple[tuple[str, ...], Callable[[aot.Case, str, str], Cost]]] 
     "least": (tuple(CHIPS), lambda case, kind, direction: least(axes_of(case), direction)),
     "xla": (tuple(CHIPS), lambda case, kind, direction: xla_form(axes_of(case), direction)),
     "pallas_tpu": (("v5e", "v5p", "v6e"), lambda case, kind, direction: of_inputs(case, tpu_kernel, kind, direction)),
-    "pallas_gpu": (("A100", "H100", "H200"), lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction)),
+    "pallas_gpu": (
+        ("A100", "H100", "H200"),
+        lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction),
+    ),
     "flash": (("A100", "H100", "H200"), lambda case, kind, direction: flash_attention(axes_of(case), direction)),
 }
 

@@ -87,7 +87,7 @@ class Context(NamedTuple):
     folded_BU: Bool[Array, "B U"]
 
 
-def _take(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
+def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
     """x at the indices along axis 1, and 0 where not valid."""
     if x_BT.shape[1] == 0:
         return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
@@ -109,14 +109,14 @@ def context_tokens(state: AttentionState, group_size: int, local_groups: int) ->
     position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
     slot_BU = position_BU - start_B[:, None]
     in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
-    value_BUKE = _take(state.value_BSKE, slot_BU, in_window_BU)
+    value_BUKE = take_tokens(state.value_BSKE, slot_BU, in_window_BU)
     tail_slot_BU = jnp.broadcast_to(jnp.arange(U, dtype=jnp.int32) - (U - tail), position_BU.shape)
     from_tail_BU = (tail_slot_BU >= 0) & (position_BU >= 0) & ~in_window_BU
     grouped = state.grouped_key_BSKP
     return Context(
-        key_BUKD=_take(state.key_BSKD, slot_BU, in_window_BU),
-        grouped_key_BUKP=None if grouped is None else _take(grouped, slot_BU, in_window_BU),
-        value_BUKE=value_BUKE + _take(state.tail_BUKE, tail_slot_BU, from_tail_BU),
+        key_BUKD=take_tokens(state.key_BSKD, slot_BU, in_window_BU),
+        grouped_key_BUKP=None if grouped is None else take_tokens(grouped, slot_BU, in_window_BU),
+        value_BUKE=value_BUKE + take_tokens(state.tail_BUKE, tail_slot_BU, from_tail_BU),
         position_BU=position_BU,
         folded_BU=~in_window_BU,
     )
@@ -178,7 +178,8 @@ def advance(
         assert before is not None
         valid = (position >= 0) & (position < length_B[:, None])
         index = position + offset_B[:, None]
-        return _take(row, index, valid & (index >= 0)) + _take(before, U + index, valid & (index < 0))
+        of_row, of_before = valid & (index >= 0), valid & (index < 0)
+        return take_tokens(row, index, of_row) + take_tokens(before, U + index, of_before)
 
     return AttentionState(
         state_BKPE=folded_BKPE,

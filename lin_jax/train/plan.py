@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lin_jax.config import Config
+from lin_jax.layers.partition import Partition
 from lin_jax.models.flops import training_flops_per_token
 from lin_jax.train import sharding
 from lin_jax.train.loop import abstract_batch, make_parts, make_step
@@ -26,9 +27,9 @@ def plan(config: Config) -> str:
     Raises:
         ConfigError: the settings do not fit the devices.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
-    parts = make_parts(config, mesh)
+    partition = sharding.make_partition(config.mesh)
+    sharding.check_fit(config, partition)
+    parts = make_parts(config, partition)
     state = abstract_state(parts.structure, parts.optimizer, parts.shardings)
     compiled = make_step(parts).lower(state, abstract_batch(parts)).compile()
     analysis = compiled.memory_analysis()
@@ -41,14 +42,14 @@ def plan(config: Config) -> str:
         ("their gradients", _size(state.parameters)),
         ("optimizer state", _size(state.optimizer)),
         ("frozen parameters", _size(state.frozen)),
-        *([("layer inputs kept for the backward pass", _layer_inputs(config, mesh))] if needs_layers else []),
+        *([("layer inputs kept for the backward pass", _layer_inputs(config, partition))] if needs_layers else []),
         ("temporaries of the compiled step", f"{analysis.temp_size_in_bytes:,} bytes a device"),
     ]
     width = max(len(name) for name, _ in rows)
     tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops_per_token(config.model, config.data.sequence_length) * tokens
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
-    told = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    told = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
     return "\n".join([f"{config.plan}: {told}; {tokens:,} tokens and {flops:.3g} FLOPs a step", *lines])
 
 
@@ -64,9 +65,10 @@ def _size(tree: Any) -> str:
     return f"{own:,} bytes a device, {whole:,} in one copy"
 
 
-def _layer_inputs(config: Config, mesh: Any) -> str:
+def _layer_inputs(config: Config, partition: Partition) -> str:
     """What rematerialisation keeps: the features that enter every layer, for the rows of a microbatch."""
-    rows = config.data.batch_size // config.train.microbatches // sharding.batch_shards(mesh)
+    rows = config.data.batch_size // config.train.microbatches // sharding.batch_shards(partition)
     itemsize = np.dtype(config.model.dtype).itemsize
-    size = config.model.depth * rows * config.data.sequence_length * config.model.width * itemsize
+    tokens = rows * config.data.sequence_length // partition.shards("tokens")
+    size = config.model.depth * tokens * config.model.width * itemsize
     return f"{size:,} bytes a device, with model.remat=full"

@@ -1,74 +1,15 @@
-"""Training through a kernel is training through XLA's form."""
+"""Training through a kernel is training through XLA's form; `benchmarks.implementations` compares more models."""
 
-import dataclasses
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.config import AttentionConfig, Config, DataConfig, FlashConfig, LlamaConfig, OptimizerConfig, TrainConfig
-from lin_jax.train.loop import make_parts, make_step
-from lin_jax.train.sharding import make_mesh
-from lin_jax.train.state import initial_state
+from benchmarks.implementations import losses
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 24, 32
-ATTENTION = AttentionConfig(group_size=4, convolution=6)
-MODELS = {
-    "flash": FlashConfig(
-        vocabulary_size=VOCABULARY,
-        width=16,
-        depth=2,
-        query_key_size=8,
-        rotary_size=4,
-        attention=dataclasses.replace(ATTENTION, local="laplace"),
-    ),
-    "llama": LlamaConfig(
-        vocabulary_size=VOCABULARY,
-        width=16,
-        depth=2,
-        heads=4,
-        key_value_heads=2,
-        head_size=4,
-        feed_forward_size=24,
-        attention=dataclasses.replace(ATTENTION, local_groups=2),
-    ),
-}
 
-
-def batch(seed):
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCABULARY, (ROWS, LENGTH), dtype=np.int32)
-    segments = np.cumsum(random.random((ROWS, LENGTH)) < 0.1, axis=1) + 1
-    weights = np.ones((ROWS, LENGTH), np.float32)
-    return {"tokens": tokens, "targets": tokens // 2, "segment_ids": segments.astype(np.int32), "weights": weights}
-
-
-@functools.cache
-def losses(name, implementation):
-    model = MODELS[name]
-    attention = dataclasses.replace(model.attention, implementation=implementation)
-    config = Config(
-        model=dataclasses.replace(model, attention=attention),
-        data=DataConfig(batch_size=ROWS, sequence_length=LENGTH, packing="segments"),
-        optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
-        train=TrainConfig(steps=STEPS),
-    )
-    parts = make_parts(config, make_mesh(config.mesh, jax.devices()[:1]))
-    state = jax.jit(lambda seed: initial_state(parts.structure, parts.optimizer, seed))(jnp.uint32(0))
-    step, found = make_step(parts), []
-    for seed in range(STEPS):
-        state, metrics = step(state, batch(seed))
-        found.append(float(metrics.loss))
-    return found
-
-
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
-@pytest.mark.parametrize("name", MODELS)
-def test_twenty_steps_have_the_losses_of_xla(name, implementation):
-    expected = losses(name, "xla")
+def test_twenty_steps_have_the_losses_of_xla():
+    expected = losses("flash", "xla")
     assert expected[-1] < expected[0] - 0.1
-    np.testing.assert_allclose(losses(name, implementation), expected, rtol=1e-5)
+    for implementation in ("pallas_tpu", "pallas_gpu"):
+        np.testing.assert_allclose(losses("flash", implementation), expected, rtol=1e-5)

@@ -35,6 +35,7 @@ def augmented_attention(
     local_groups: int = 1,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     initial_state: AttentionState | None = None,
+    aligned_state: bool = False,
     return_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], AttentionState]:
@@ -73,6 +74,8 @@ def augmented_attention(
         segment_ids_BT: every run of equal ids is a sequence of its own, with groups counted from its first token;
             0 is padding, which is not seen and gives 0. None: every row is one sequence.
         initial_state: what went before; the run of the row's first token continues it, if that token is real.
+        aligned_state: whether the caller knows that the initial state ends with a group in all rows; without segment
+            ids groups then lie alike in all rows, which takes half the local work.
         return_state: also return the state after the last real token (of its sequence; a row of padding keeps its).
         implementation: "xla" (fused), "reference" (the definition, slow), "pallas_tpu" (a kernel; simulated on a
             CPU), or None for the best that runs on the default device, see `explain`.
@@ -102,6 +105,7 @@ def augmented_attention(
         local_groups=local_groups,
         segment_ids_BT=segment_ids_BT,
         initial_state=initial_state,
+        aligned_state=aligned_state,
         return_state=return_state,
         implementation=implementation,
     )
@@ -145,6 +149,7 @@ def make_inputs(
     local_groups: int,
     segment_ids_BT: Array | None,
     initial_state: AttentionState | None,
+    aligned_state: bool,
     return_state: bool,
     implementation: str | None,
 ) -> Inputs:
@@ -187,7 +192,7 @@ def make_inputs(
         local_groups=local_groups,
         segment_ids_BT=jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT,
         initial_state=empty if initial_state is None else initial_state,
-        aligned=segment_ids_BT is None and initial_state is None,
+        aligned=segment_ids_BT is None and (initial_state is None or aligned_state),
         fresh=initial_state is None,
         return_state=return_state,
     )

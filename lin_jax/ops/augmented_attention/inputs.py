@@ -15,9 +15,9 @@ class Inputs:
     """The arguments of `augmented_attention` after checking.
 
     Attributes:
-        aligned: whether every row is one sequence that starts with its first token, so that groups lie alike in all
-            rows: neither segment ids nor an initial state were given. `segment_ids_BT` and `initial_state` then hold
-            ones and the empty state.
+        aligned: whether every row is one sequence and starts with a group, so that groups lie alike in all rows: no
+            segment ids were given (`segment_ids_BT` then holds ones), and no initial state, or one that ends with a
+            group.
         fresh: whether no initial state was given; `initial_state` then holds the empty one.
         return_state: whether the final state is asked for.
         alpha_H: float32 weight of the grouped branch a query head.

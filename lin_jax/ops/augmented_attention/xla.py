@@ -182,6 +182,7 @@ def _context(inputs: Inputs, blocks: _Blocks) -> _Tokens:
         ints, never = jnp.zeros((B, length), jnp.int32), jnp.zeros((B, length), bool)
         return _Tokens(empty(inputs.k_BTKD), grouped_key, empty(inputs.v_BTKE), ints, ints, never, never)
     context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+    context = jax.tree.map(lambda x: _last(x, length), context)
     return _Tokens(
         context.key_BUKD,
         context.grouped_key_BUKP,
