@@ -126,7 +126,7 @@ def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> 
         starts = [_part_of(plan.blocks - plan.first_query, parts, plan.first_query, n)[0] for n in range(parts)]
         tokens = [max(0, start - plan.lag) * plan.rows - 1 for start in starts]
     token_N = np.asarray(tokens)
-    run_BN = jnp.where(token_N < 0, 0, layout.run[:, np.clip(token_N, 0, layout.run.shape[1] - 1)])
+    run_BN = jnp.where((token_N < 0)[None], 0, layout.run[:, np.clip(token_N, 0, layout.run.shape[1] - 1)])
     return run_BN[:, 1:] == run_BN[:, :-1]
 
 
@@ -293,6 +293,6 @@ def _state_gradient(plan: Plan, floats: Floats, layout: Layout | None, y_gradien
     _, q = chunk.operand(plan.form, floats.q_BTHD, floats.grouped_q_BTHP)
     q = jnp.where(own_BT[..., None, None], jnp.asarray(q), 0)
     q = q.reshape(*q.shape[:2], plan.key_heads, plan.sharing, -1)
-    weighted = (floats.alpha_H[:, None] * y_gradient.astype(jnp.float32)).astype(q.dtype)
+    weighted = (floats.alpha_H.reshape(1, 1, -1, 1) * y_gradient.astype(jnp.float32)).astype(q.dtype)
     weighted = weighted.reshape(*q.shape[:4], -1)
     return jnp.einsum("btkjp,btkje->bkpe", q, weighted, preferred_element_type=jnp.float32)
