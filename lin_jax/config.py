@@ -635,7 +635,9 @@ class GenerateConfig:
 class Config:
     """An experiment: everything that `train.py` needs to know."""
 
-    workdir: str = setting("runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it")
+    workdir: str = setting(
+        "runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it"
+    )
     model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
