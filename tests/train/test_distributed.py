@@ -29,6 +29,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
+ROWS = jax.numpy.zeros(())
 JAX = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 
 
@@ -102,7 +103,9 @@ def test_a_process_reads_any_rows_that_its_devices_hold(monkeypatch):
     parts = [(slice(2, 4), slice(0, 2)), (slice(2, 4), slice(2, 4)), (slice(6, 8), slice(0, 2))]
     monkeypatch.setattr(Sharding, "addressable_devices_indices_map", lambda self, shape: dict(enumerate(parts)))
     made, sharding = [], NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
-    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, where, part: made.extend(map(part, parts)))
+    monkeypatch.setattr(
+        jax, "make_array_from_callback", lambda shape, where, part: made.extend(map(part, parts)) or ROWS
+    )
     feed, rows = Feed(sharding, 8), np.arange(8 * 4).reshape(8, 4)
     np.testing.assert_array_equal(feed.own, [2, 3, 6, 7])
     feed({"tokens": rows[feed.own]})
