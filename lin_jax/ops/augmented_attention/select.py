@@ -54,8 +54,8 @@ IMPLEMENTATIONS = (*PLAIN, *KERNELS)
 def target() -> Target:
     """The devices of the mesh that the caller set (`jax.set_mesh`), or else JAX's default one.
 
-    A program that is compiled for other devices than those of this machine has to set its mesh, or to name an
-    implementation.
+    A program that is compiled for other devices than those of this machine has to set its mesh: block sizes depend on
+    the device too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
