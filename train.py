@@ -12,7 +12,7 @@ from lin_jax.config import Config, ConfigError
 from lin_jax.overrides import config_parser, load_config
 from lin_jax.train.distributed import joined, only_first
 from lin_jax.train.loop import describe, show_sharding, train
-from lin_jax.train.plan import plan, use_virtual_devices
+from lin_jax.train.plan import plan, prepare_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, overrides = parser.parse_known_args(arguments)
         config = load_config(known.config, overrides)
         if config.plan:
-            use_virtual_devices(config)
-            print(plan(config))
+            prepare_plan(config)
+            print(plan(config, _progress))
             return 0
         with joined(config.distributed):
             _run(config, only_first(lambda line: print(line, flush=True)))
@@ -44,6 +44,10 @@ def _run(config: Config, report: Callable[[str], None]) -> None:
         report(f"stopped at step {result.step}, which is saved; run the same command to go on")
     else:
         report(f"finished {result.step} steps in {config.workdir}: {describe(result.validation)}")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lin_jax.config import AttentionConfig, FlashConfig, MeshConfig, OptimizerCo
 from lin_jax.convert.flash import to_official
 from lin_jax.models.registry import create_model
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, make_structure, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_train_step
 
@@ -66,7 +66,7 @@ def make_program(options: argparse.Namespace) -> Program:
         peak_learning_rate=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY, gradient_clip=0.0
     )
     optimizer = make_optimizer(settings, steps=1, decay=True)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_partition(MeshConfig(), jax.devices()[:1])
     shardings = state_shardings(structure, optimizer, mesh)
     loss_settings = LossSettings(loss_chunk=TrainConfig().loss_chunk, z_loss=0.0, use_segments=False)
     loss = language_model_loss(structure, loss_settings, mesh)

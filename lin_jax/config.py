@@ -54,7 +54,7 @@ _REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least me
 
 Kind = Literal["augmented", "quadratic", "softmax", "longlora"]
 Local = Literal["relu2", "laplace", "softmax", "none"]
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "reference", "pallas_tpu", "pallas_gpu"]
 FeatureMap = Literal["identity", "unit", "relu", "elu1", "favor", "fourier"]
 
 
@@ -531,14 +531,24 @@ class CheckpointConfig:
 class MeshConfig:
     """How many devices each parallel axis takes; one of them may be -1, which takes what is left."""
 
+    slice: int = setting(1, "TPU slices, between which only gradients cross the data centre's network")
     data: int = setting(-1, "copies of the model, each with its part of the batch")
     fsdp: int = setting(1, "parts into which parameters, optimizer state and batch are cut")
+    tensor: int = setting(1, "parts into which heads, feed-forward layers and vocabulary are cut")
+    sequence: int = setting(1, "parts into which rows are cut; augmented attention sends only states between them")
+    rules: tuple[str, ...] = setting(
+        (),
+        "changes of what cuts what: LOGICAL=MESH+MESH, such as width=fsdp+sequence, or vocabulary= for what is not to "
+        "be cut; the table is in lin_jax/train/sharding.py",
+    )
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = {name: getattr(self, name) for name in ("slice", "data", "fsdp", "tensor", "sequence")}
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"{name} must be a number of devices or -1, but is {size}")
         require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
+        for rule in self.rules:
+            require("=" in rule, f"rules must look like width=fsdp+sequence, but one is {rule!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -631,6 +641,10 @@ class GenerateConfig:
         )
 
 
+# A chip and how many, or for TPUs their topology; nothing where nothing is planned.
+_PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2})?"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """An experiment: everything that `train.py` needs to know."""
@@ -649,12 +663,16 @@ class Config:
     profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
     show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
     plan: str = setting(
-        "", "cpu:N: compile the training step for N virtual devices without any parameters, print its memory, and stop"
+        "",
+        "devices, which need not be there, to compile the training step for without any parameters; prints memory, "
+        "exchanges and best possible times, and stops: v4, v5e, v5p, v6e with a topology (v5e:8x8, v5p:4x4x4; two "
+        "slices: 2*v5e:8x8), a100, a100-40g, h100, h200 with a number (h100:8), or cpu:8",
     )
 
     def __post_init__(self):
         require(
-            re.fullmatch(r"(cpu:[1-9]\d*)?", self.plan) is not None, f"plan must look like cpu:8, but is {self.plan}"
+            re.fullmatch(_PLAN, self.plan) is not None,
+            f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
         )
         require(
             self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",

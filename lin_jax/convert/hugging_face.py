@@ -22,7 +22,7 @@ from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_name
 from lin_jax.convert.tensors import Renamed, Tensor, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
-from lin_jax.train.sharding import parameter_sharding
+from lin_jax.train.sharding import default_partition
 from lin_jax.train.state import make_structure
 
 # model_type of config.json -> what knows its names.
@@ -135,7 +135,7 @@ def _wanted(config: ModelConfig, table: list[Entry], tensors: Tensors, target: T
     wanted = {}
     for path, variable in flat:
         name, shape = ".".join(map(str, path)), variable.get_value().shape
-        where = None if target.mesh is None else parameter_sharding(target.mesh, variable.axes, shape)
+        where = None if target.mesh is None else default_partition(target.mesh).sharding(variable.axes, shape)
         wanted[name] = jax.ShapeDtypeStruct(shape, types.get(name, np.float32), sharding=where)
     return wanted
 

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 import tqdm
 from flax import nnx
-from jax.sharding import Mesh
 
 from lin_jax.config import Config, DataConfig, require
 from lin_jax.data.documents import validation_documents
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.layers.partition import Partition
 from lin_jax.train.loss import LossSums, chunked_loss
-from lin_jax.train.sharding import batch_sharding, batch_shards, global_batch, make_mesh
+from lin_jax.train.sharding import batch_sharding, batch_shards, global_batch, make_partition
 
 Rows = dict[str, np.ndarray]
 _LINES = 10  # of progress, where there is no terminal
@@ -94,11 +94,13 @@ def evaluate_run(
         ConfigError: the settings or the data are wrong.
     """
     require(config.model.attention.causal, "a model with model.attention.causal=false predicts no next token")
-    mesh = make_mesh(config.mesh)
-    batch_size = math.ceil(batch_size / batch_shards(mesh)) * batch_shards(mesh)
+    # A window of any length stays whole.
+    partition = make_partition(dataclasses.replace(config.mesh, rules=(*config.mesh.rules, "tokens=")))
+    shards = batch_shards(partition)
+    batch_size = math.ceil(batch_size / shards) * shards
     total = _count_documents(config.data)
     documents = _with_progress(validation_documents(config.data, tokenizer), total, report)
-    score = make_scorer(model, mesh, chunk=max(1, config.train.loss_chunk * batch_shards(mesh) // batch_size))
+    score = make_scorer(model, partition, chunk=max(1, config.train.loss_chunk * shards // batch_size))
     return measure(score, documents, tokenizer.start_id, window=window, stride=stride, batch_size=batch_size)
 
 
@@ -141,15 +143,15 @@ def measure(
     return Perplexity(number, tokens, size, nll, time.perf_counter() - begin)
 
 
-def make_scorer(model: nnx.Module, mesh: Mesh, *, chunk: int) -> Callable[[Rows], LossSums]:
+def make_scorer(model: nnx.Module, partition: Partition, *, chunk: int) -> Callable[[Rows], LossSums]:
     """A function from a batch of windows to the sums of its losses; see `chunked_loss` for `chunk`."""
     graph, state = nnx.split(model)
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(partition)
 
     @jax.jit
     def score(state: Any, batch: dict[str, jax.Array]) -> LossSums:
         merged: Any = nnx.merge(graph, state)
-        hidden_BTC = merged.features(batch["tokens"])
+        hidden_BTC = merged.features(batch["tokens"], None, partition)
         return chunked_loss(merged.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk)
 
     return lambda batch: score(state, global_batch(batch, sharding))

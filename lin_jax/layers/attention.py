@@ -12,14 +12,16 @@ from lin_jax.layers.gated_attention import Rows
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.steps import Step, Verify
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention.sharded import sharded_attention
 from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.cache import Cache, append_to_cache, commit_to_cache, empty_cache, extend_softmax, verify_softmax
 from lin_jax.ops.castling import castle
-from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.feature_maps import unit
-from lin_jax.ops.softmax_attention import longlora_attention, softmax_attention
+from lin_jax.ops.rows import convolve
+from lin_jax.ops.softmax_attention import longlora_attention
 from lin_jax.ops.state import AttentionState, Pending, empty_state
 from lin_jax.ops.tree import chain
+from lin_jax.ops.whole_row import sharded_softmax
 
 
 def layer_kinds(attention: AttentionConfig, depth: int) -> Sequence[str]:
@@ -76,7 +78,7 @@ class Mixing(nnx.Module):
     ) -> Float[Array, "B T H E"]:
         """The attention of `kind`."""
         if kind == "softmax":
-            return softmax_attention(q_BTHD, k_BTKD, v_BTKE, rows.segment_ids_BT)
+            return sharded_softmax(q_BTHD, k_BTKD, v_BTKE, rows.segment_ids_BT, rows.partition.cut(heads="heads"))
         if kind == "longlora":
             return longlora_attention(
                 q_BTHD,
@@ -89,12 +91,24 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        operands = self._operands(q, k, v)
+        cut = rows.partition.cut(heads="heads")
+        # The op normalises, so that a kernel needs no normalised copies; but states hold keys that are normalised.
+        inside = cut is None or cut.shards == 1
+        operands = _Operands(q, k, v, None, None) if inside else self._operands(q, k, v)
 
         def attend(branches: _Branches) -> Array:
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
-                return causal_conv(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT)
-            return self._attend(operands, branches, segment_ids_BT=rows.segment_ids_BT)
+                return convolve(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT, cut)
+            return sharded_attention(
+                operands.q,
+                operands.k,
+                operands.v,
+                cut=cut,
+                position_BT=rows.position_BT,
+                segment_ids_BT=rows.segment_ids_BT,
+                normalise=inside,
+                **self._arguments(operands, branches),
+            )
 
         return self._combine(q, v, attend)
 
@@ -124,19 +138,14 @@ class Mixing(nnx.Module):
             y = castle(_per_query_head(v, q), y)
         return y if conv_WH is None else y + attend(_Branches(conv_WH=conv_WH))
 
-    def _attend(self, operands: _Operands, branches: _Branches, **more: Any) -> Array:
-        """Some of the branches, of tokens in rows."""
-        y = augmented_attention(
-            operands.q,
-            operands.k,
-            operands.v,
-            grouped_q_BTHP=operands.grouped_q,
-            grouped_k_BTKP=operands.grouped_k,
-            implementation=self.attention.implementation,
+    def _arguments(self, operands: _Operands, branches: _Branches) -> dict[str, Any]:
+        """Of `augmented_attention`, for some of the branches."""
+        return {
+            "grouped_q_BTHP": operands.grouped_q,
+            "grouped_k_BTKP": operands.grouped_k,
+            "implementation": self.attention.implementation,
             **self._options(operands, branches),
-            **more,
-        )
-        return cast(Array, y)
+        }
 
     def _options(self, operands: _Operands, branches: _Branches) -> dict[str, Any]:
         attention = self.attention
@@ -194,7 +203,9 @@ class Mixing(nnx.Module):
             grouped: dict[str, Any] = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
             options = self._options(operands, branches)
             return verify_tree(operands.q, operands.k, operands.v, tree, state, **grouped, **options)
-        return self._attend(operands, branches, segment_ids_BT=step.segment_ids(T), initial_state=state)
+        rows: dict[str, Any] = {"segment_ids_BT": step.segment_ids(T), "initial_state": state}
+        q, k, v, *_ = operands
+        return cast(Array, augmented_attention(q, k, v, **rows, **self._arguments(operands, branches)))
 
     def commit(
         self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]

@@ -13,16 +13,18 @@ from lin_jax.config import FlashConfig
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import NORMS
 from lin_jax.layers.parameter import Constant, parameter, uniform
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.positions import bias_buckets, rotate, token_shift
 from lin_jax.layers.steps import Step, Verify
 from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.augmented_attention.sharded import sharded_attention
 from lin_jax.ops.augmented_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.castling import castle
-from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
-from lin_jax.ops.layout import token_layout
+from lin_jax.ops.rows import convolve, positions
 from lin_jax.ops.state import AttentionState, Pending, empty_state
 from lin_jax.ops.tree import Tree, chain
+from lin_jax.ops.whole_row import whole_row_attention
 
 
 class Rows(NamedTuple):
@@ -32,23 +34,26 @@ class Rows(NamedTuple):
         position_BT: position of each token in its sequence.
         segment_ids_BT: sequences of a row, 0 for padding; None if every row is one sequence.
         value_mask_BT: 0 where attention must not see a value; only for `padding="released"`.
+        partition: how all arrays of rows are cut.
     """
 
     position_BT: Int[Array, "B T"]
     segment_ids_BT: Int[Array, "B T"] | None
     value_mask_BT: Float[Array, "B T"] | None
+    partition: Partition
 
 
-def place(segment_ids_BT: Int[Array, "B T"] | None, shape: tuple[int, int], padding: str) -> Rows:
+def place(
+    segment_ids_BT: Int[Array, "B T"] | None, shape: tuple[int, int], padding: str, partition: Partition = WHOLE
+) -> Rows:
     """The rows of a batch of `shape` (B, T); see `FlashConfig.padding`."""
-    B, T = shape
-    in_row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], shape)
+    in_row_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
+    in_row_BT = partition.constrain(in_row_BT, "batch", "tokens")
     if segment_ids_BT is None:
-        return Rows(in_row_BT, None, None)
+        return Rows(in_row_BT, None, None, partition)
     if padding == "released":
-        return Rows(in_row_BT, None, (segment_ids_BT != 0).astype(jnp.float32))
-    layout = token_layout(segment_ids_BT, jnp.zeros(B, jnp.int32))
-    return Rows(layout.position_BT, segment_ids_BT, None)
+        return Rows(in_row_BT, None, (segment_ids_BT != 0).astype(jnp.float32), partition)
+    return Rows(positions(segment_ids_BT, partition.cut()), segment_ids_BT, None, partition)
 
 
 @jax.tree_util.register_dataclass
@@ -102,15 +107,15 @@ class GatedAttention(nnx.Module):
         """Applies the layer."""
         u_BTC = self.norm(x_BTC)
         if self.config.token_shift:
-            u_BTC = token_shift(u_BTC, rows.position_BT)
-        v_BTE, gate_BTE, heads_BT2D = self._project(u_BTC, rows.position_BT)
+            u_BTC = token_shift(u_BTC, rows.position_BT, rows.partition.cut())
+        v_BTE, gate_BTE, heads_BT2D = self._project(u_BTC, rows.position_BT, rows.partition)
         attend = self._augmented if self.config.attention.kind == "augmented" else self._whole_row
         attended_BTE = attend(heads_BT2D, v_BTE, rows)
         return x_BTC + self.output(gate_BTE * attended_BTE)
 
-    def _project(self, u_BTC: Array, position_BT: Array) -> tuple[Array, Array, Array]:
+    def _project(self, u_BTC: Array, position_BT: Array, partition: Partition = WHOLE) -> tuple[Array, Array, Array]:
         """Values, gate, and rotated queries and keys."""
-        v_BTE, gate_BTE = jnp.split(jax.nn.silu(self.hidden(u_BTC)), 2, axis=-1)
+        v_BTE, gate_BTE = (jax.nn.silu(x) for x in self.hidden.parts(u_BTC, 2, partition))
         z_BTD = jax.nn.silu(self.query_key(u_BTC))
         heads_BT2D = z_BTD[:, :, None] * self.gamma[...].astype(z_BTD.dtype)[None, None]
         heads_BT2D += self.beta[...].astype(z_BTD.dtype)[None, None]
@@ -125,10 +130,13 @@ class GatedAttention(nnx.Module):
         conv_W1 = self.filter[...] if attention.convolution else None
         # Folded into the scores unless something comes in between.
         apart = attention.castling or rows.value_mask_BT is not None
-        y = augmented_attention(
+        cut = rows.partition.cut(values="hidden")
+        y_BT1E = sharded_attention(
             q,
             k,
             v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E),
+            cut=cut,
+            position_BT=rows.position_BT,
             grouped_q_BTHP=grouped_q,
             grouped_k_BTKP=grouped_k,
             conv_WH=None if apart else conv_W1,
@@ -137,11 +145,10 @@ class GatedAttention(nnx.Module):
             implementation=attention.implementation,
             **self._options(),
         )
-        y_BT1E = cast(Array, y)
         if attention.castling:
             y_BT1E = castle(v_BT1E, y_BT1E)
         if apart and conv_W1 is not None:
-            y_BT1E += causal_conv(v_BT1E, conv_W1, rows.segment_ids_BT)
+            y_BT1E += convolve(v_BT1E, conv_W1, rows.segment_ids_BT, cut)
         return y_BT1E[:, :, 0]
 
     def _operands(self, heads_BT4D: Array) -> tuple[Array, Array, Array, Array]:
@@ -260,20 +267,28 @@ class GatedAttention(nnx.Module):
         v_BT1E = v_BTE[:, :, None]
         if rows.value_mask_BT is not None:
             v_BT1E = v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E)
-        y = augmented_attention(
-            heads_BT2D[:, :, :1],
-            heads_BT2D[:, :, 1:],
+        q_BT1D, k_BT1D = heads_BT2D[:, :, :1], heads_BT2D[:, :, 1:]
+        local, bias_X1 = attention.local if quadratic else "softmax", self._bias(T) * again
+        cut = rows.partition.cut(values="hidden")
+        if cut is not None and cut.shards > 1:
+            options: dict[str, Any] = {"activation": local, "score_scale": scale * again, "bias_T": bias_X1[:, 0]}
+            return whole_row_attention(q_BT1D, k_BT1D, v_BT1E, rows.segment_ids_BT, cut, **options)[:, :, 0]
+        y_BT1E = sharded_attention(
+            q_BT1D,
+            k_BT1D,
             v_BT1E,
-            local=attention.local if quadratic else "softmax",
+            cut=cut,
+            position_BT=rows.position_BT,
+            local=local,
             score_scale=scale * again,
-            bias_XH=self._bias(T) * again,
+            bias_XH=bias_X1,
             grouped=False,
             causal=attention.causal,
             group_size=T,
             segment_ids_BT=rows.segment_ids_BT,
             implementation=attention.implementation,
         )
-        return cast(Array, y)[:, :, 0]
+        return y_BT1E[:, :, 0]
 
     def _bias(self, slots: int) -> Float[Array, "X 1"]:
         """sqrt(D) times the entry of each distance's bucket."""

@@ -1,11 +1,14 @@
 """Affine maps of the last axis."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from lin_jax.layers.parameter import parameter, uniform
+from lin_jax.layers.partition import Partition
 
 
 class Linear(nnx.Module):
@@ -34,7 +37,31 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Applies the map."""
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        y = _affine(x, self.kernel[...], None if self.bias is None else self.bias[...])
         return y if self.adapter is None else y + self.adapter(x)
+
+    def parts(
+        self, x: Float[Array, "*batch inputs"], count: int, partition: Partition
+    ) -> Sequence[Float[Array, "*batch part"]]:
+        """The map, its output cut in equal parts along the last axis.
+
+        Where a mesh cuts outputs, the matrix is split and each part cut anew, and not the output, which is larger.
+        """
+        if partition.shards(self.kernel.axes[-1]) == 1:
+            return jnp.split(self(x), count, axis=-1)
+        kernels = self._split(self.kernel, count, partition)
+        biases = [None] * count if self.bias is None else self._split(self.bias, count, partition)
+        y = [_affine(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
+        if self.adapter is None:
+            return y
+        return [a + b for a, b in zip(y, jnp.split(self.adapter(x), count, axis=-1), strict=True)]
+
+    @staticmethod
+    def _split(matrix: nnx.Param, count: int, partition: Partition) -> list[Array]:
+        """Equal parts of the outputs, each cut as the whole was."""
+        return [partition.gather(part, matrix.axes) for part in jnp.split(matrix[...], count, axis=-1)]
+
+
+def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:
+    y = jnp.matmul(x, kernel.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

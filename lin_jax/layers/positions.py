@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lin_jax.ops.cut import Cut
+from lin_jax.ops.rows import delayed
+
 
 def sinusoids(position_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T C"]:
     """[sin(t w), cos(t w)] with w_i = 10000^(-2 i / C), the sine half first (Vaswani et al., 2017)."""
@@ -47,9 +50,10 @@ def bias_buckets(distance: np.ndarray, buckets: int, max_distance: int, causal: 
     return bucket + np.where(distance < exact, distance, far)
 
 
-def token_shift(x_BTC: Float[Array, "B T C"], position_BT: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+def token_shift(
+    x_BTC: Float[Array, "B T C"], position_BT: Int[Array, "B T"], cut: Cut | None = None
+) -> Float[Array, "B T C"]:
     """The first half of the channels delayed by one token; 0 where a sequence starts."""
     half = x_BTC.shape[-1] // 2
-    delayed = jnp.pad(x_BTC[:, :-1, :half], ((0, 0), (1, 0), (0, 0)))
-    delayed = jnp.where((position_BT > 0)[..., None], delayed, 0)
-    return jnp.concatenate([delayed, x_BTC[..., half:]], axis=-1)
+    before = jnp.where((position_BT > 0)[..., None], delayed(x_BTC[..., :half], cut), 0)
+    return jnp.concatenate([before, x_BTC[..., half:]], axis=-1)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from lin_jax.layers.partition import WHOLE, Partition
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
@@ -23,7 +25,12 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) 
 
 
 def run_layers(
-    layers: nnx.Module, x: Carry, *shared: Any, remat: str = "none", kinds: Sequence[str] | None = None
+    layers: nnx.Module,
+    x: Carry,
+    *shared: Any,
+    remat: str = "none",
+    kinds: Sequence[str] | None = None,
+    partition: Partition = WHOLE,
 ) -> Carry:
     """x through all layers in turn, each called as `layer(x, *shared)`, or `layer(x, *shared, kind)` with `kinds`.
 
@@ -34,11 +41,13 @@ def run_layers(
         remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but its products with
             parameters).
         kinds: a kind for each layer. Neighbours of one kind run as one scan.
+        partition: how the features that go from layer to layer are cut.
     """
     graph, arrays = nnx.split(layers)
+    rows = lambda x: partition.constrain(x, *("batch", "tokens", None)[: x.ndim])  # noqa: E731
 
     def step(x, layer_arrays, shared, static):
-        return nnx.merge(graph, layer_arrays)(x, *shared, *static)
+        return jax.tree.map(rows, nnx.merge(graph, layer_arrays)(x, *shared, *static))
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], static_argnums=3)

@@ -8,10 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.config import FlashConfig, require
+from lin_jax.layers.embedding import look_up
 from lin_jax.layers.gated_attention import GatedAttention, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.positions import sinusoids
 from lin_jax.layers.stack import run_layers, stack_layers
 from lin_jax.models.language_model import LanguageModel
@@ -30,23 +32,30 @@ class Flash(LanguageModel):
         self.logits = Linear(C, V, ("width", "vocabulary"), rngs=rngs)
 
     def features(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        partition: Partition = WHOLE,
     ) -> Float[Array, "B T C"]:
         """What the head reads, in the compute type.
 
         Args:
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
         """
         B, T = tokens_BT.shape
-        rows = place(segment_ids_BT, (B, T), self.config.padding)
-        x_BTC, _ = self.embed(tokens_BT, rows.position_BT)
-        return self.norm(run_layers(self.layers, x_BTC, rows, remat=self.config.remat))
+        rows = place(segment_ids_BT, (B, T), self.config.padding, partition)
+        x_BTC, _ = self.embed(tokens_BT, rows.position_BT, partition)
+        return self.norm(run_layers(self.layers, x_BTC, rows, remat=self.config.remat, partition=partition))
 
-    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], partition: Partition = WHOLE
+    ) -> tuple[Array, tuple[Any, ...]]:
         """Input of the first layer, and what all layers are told of positions."""
         position_BTC = self.position_scale[...] * sinusoids(position_BT, self.config.width)
-        return (self.embedding[...][tokens_BT] + position_BTC).astype(self.config.dtype), (position_BT,)
+        x_BTC = look_up(self.embedding[...], tokens_BT, partition) + position_BTC
+        return x_BTC.astype(self.config.dtype), (position_BT,)
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences can be decoded exactly, however long."""

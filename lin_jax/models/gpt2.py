@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.config import Gpt2Config, require
 from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
+from lin_jax.layers.embedding import look_up
 from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers, stack_layers
 from lin_jax.layers.steps import Step
 from lin_jax.models.language_model import LanguageModel, check_transformer
@@ -43,13 +45,13 @@ class Gpt2Layer(nnx.Module):
 
     def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, kind: str) -> Float[Array, "B T C"]:
         """What the attention adds."""
-        y_BTHD = self.mixing(*self._project(x_BTC), rows, kind)
+        y_BTHD = self.mixing(*self._project(x_BTC, rows.partition), rows, kind)
         return self.output(y_BTHD.reshape(x_BTC.shape))
 
-    def _project(self, x_BTC: Array) -> tuple[Array, Array, Array]:
+    def _project(self, x_BTC: Array, partition: Partition = WHOLE) -> tuple[Array, Array, Array]:
         """Queries, keys and values."""
-        joint = self.query_key_value(self.attention_norm(x_BTC))
-        q, k, v = (x.reshape(*x.shape[:2], self.config.heads, -1) for x in jnp.split(joint, 3, axis=-1))
+        joint = self.query_key_value.parts(self.attention_norm(x_BTC), 3, partition)
+        q, k, v = (x.reshape(*x.shape[:2], self.config.heads, -1) for x in joint)
         return q, k, v
 
     def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
@@ -93,7 +95,10 @@ class Gpt2(LanguageModel):
             self.score = Linear(C, config.labels, ("width", None), bias=False, deviation=DEVIATION, rngs=rngs)
 
     def features(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        partition: Partition = WHOLE,
     ) -> Float[Array, "B T C"]:
         """What the head reads, in the compute type.
 
@@ -101,26 +106,31 @@ class Gpt2(LanguageModel):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, with positions from 0; 0 is padding; None:
                 a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
 
         Raises:
             ConfigError: T exceeds the positions that the model knows.
         """
         config = self.config
-        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT)
+        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
         kinds = layer_kinds(config.attention, config.depth)
-        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds))
+        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds, partition=partition))
 
-    def begin(self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None) -> tuple[Any, ...]:
+    def begin(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None, partition: Partition = WHOLE
+    ) -> tuple[Any, ...]:
         """What the first layer reads of whole rows, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
         require(config.positions >= T, f"rows of {T} tokens are longer than the model's positions={config.positions}")
-        rows = place(segment_ids_BT, (B, T), "exact")
-        x_BTC, shared = self.embed(tokens_BT, rows.position_BT)
+        rows = place(segment_ids_BT, (B, T), "exact", partition)
+        x_BTC, shared = self.embed(tokens_BT, rows.position_BT, partition)
         return x_BTC, rows, *shared
 
-    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], partition: Partition = WHOLE
+    ) -> tuple[Array, tuple[Any, ...]]:
         """Input of the first layer, and what all layers are told of positions: nothing."""
-        x_BTC = self.embedding[...][tokens_BT] + self.position_embedding[...][position_BT]
+        x_BTC = look_up(self.embedding[...], tokens_BT, partition) + self.position_embedding[...][position_BT]
         return x_BTC.astype(self.config.dtype), ()
 
     def check_decodable(self, capacity: int) -> None:

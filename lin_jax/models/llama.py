@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.config import LlamaConfig, require
 from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
+from lin_jax.layers.embedding import look_up
 from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
 from lin_jax.layers.parameter import parameter
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rope import Rotation, rotate_halves, rotation
 from lin_jax.layers.stack import run_layers, stack_layers
 from lin_jax.layers.steps import Step
@@ -136,25 +138,31 @@ class Llama(LanguageModel):
             self.logits = Linear(C, V, ("width", "vocabulary"), bias=False, deviation=DEVIATION, rngs=rngs)
 
     def features(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        partition: Partition = WHOLE,
     ) -> Float[Array, "B T C"]:
         """What the head reads, in the compute type.
 
         Args:
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
         """
         config = self.config
-        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT)
+        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
         kinds = layer_kinds(config.attention, config.depth)
-        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds))
+        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds, partition=partition))
 
-    def begin(self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None) -> tuple[Any, ...]:
+    def begin(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None, partition: Partition = WHOLE
+    ) -> tuple[Any, ...]:
         """What the first layer reads of whole rows, and what all layers are told."""
         config, (B, T) = self.config, tokens_BT.shape
-        rows = place(segment_ids_BT, (B, T), "exact")
+        rows = place(segment_ids_BT, (B, T), "exact", partition)
         turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
-        return self.embedding[...][tokens_BT].astype(config.dtype), rows, turn
+        return look_up(self.embedding[...], tokens_BT, partition).astype(config.dtype), rows, turn
 
     def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
         """Input of the first layer, and what all layers are told of the positions of tokens that follow a state."""

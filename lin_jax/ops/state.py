@@ -87,7 +87,7 @@ class Context(NamedTuple):
     folded_BU: Bool[Array, "B U"]
 
 
-def _take(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
+def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
     """x at the indices along axis 1, and 0 where not valid."""
     if x_BT.shape[1] == 0:
         return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
@@ -109,14 +109,14 @@ def context_tokens(state: AttentionState, group_size: int, local_groups: int) ->
     position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
     slot_BU = position_BU - start_B[:, None]
     in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
-    value_BUKE = _take(state.value_BSKE, slot_BU, in_window_BU)
+    value_BUKE = take_tokens(state.value_BSKE, slot_BU, in_window_BU)
     tail_slot_BU = jnp.broadcast_to(jnp.arange(U, dtype=jnp.int32) - (U - tail), position_BU.shape)
     from_tail_BU = (tail_slot_BU >= 0) & (position_BU >= 0) & ~in_window_BU
     grouped = state.grouped_key_BSKP
     return Context(
-        key_BUKD=_take(state.key_BSKD, slot_BU, in_window_BU),
-        grouped_key_BUKP=None if grouped is None else _take(grouped, slot_BU, in_window_BU),
-        value_BUKE=value_BUKE + _take(state.tail_BUKE, tail_slot_BU, from_tail_BU),
+        key_BUKD=take_tokens(state.key_BSKD, slot_BU, in_window_BU),
+        grouped_key_BUKP=None if grouped is None else take_tokens(grouped, slot_BU, in_window_BU),
+        value_BUKE=value_BUKE + take_tokens(state.tail_BUKE, tail_slot_BU, from_tail_BU),
         position_BU=position_BU,
         folded_BU=~in_window_BU,
     )
@@ -132,11 +132,12 @@ def advance(
     group_size: int,
     local_groups: int,
     feature_map: str,
+    folded_BKPE: Float[Array, "B K P E"] | None = None,
 ) -> AttentionState:
     """The state after a row's last real token, of the sequence that token belongs to.
 
     A row of padding alone keeps its state. A row whose first token is real continues the initial state with its first
-    run; every other run starts anew.
+    run; every other run starts anew. `folded_BKPE` is the new state's, where it is known already.
     """
     context = context_tokens(initial, group_size, local_groups)
     U, T = context.position_BU.shape[1], k_BTKD.shape[1]
@@ -148,36 +149,51 @@ def advance(
     length_B = jnp.where(any_B, last_position_B + 1, initial.length_B)
     continues_B = ~any_B | (last_run_B == 0)
 
-    own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
-    own_BA = jnp.concatenate([~context.folded_BU & continues_B[:, None], own_BT], axis=1)
-    position_BA = jnp.concatenate([context.position_BU, layout.position_BT], axis=1)
-    join = lambda before, row: jnp.concatenate([before, row], axis=1)  # noqa: E731
-    key = join(context.key_BUKD, k_BTKD)
-    value = join(context.value_BUKE, v_BTKE)
-    grouped = None if grouped_k_BTKP is None else join(context.grouped_key_BUKP, grouped_k_BTKP)
-
     start_B = window_start(length_B, group_size, local_groups)
-    fold_BA = own_BA & (position_BA < start_B[:, None])
-    phi = FEATURE_MAPS[feature_map](key if grouped is None else grouped)
-    folded_BKPE = jnp.einsum(
-        "bakp,bake->bkpe", jnp.where(fold_BA[..., None, None], phi, 0), value, preferred_element_type=jnp.float32
-    )
-    kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
+    if folded_BKPE is None:
+        own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
+        own_BU = ~context.folded_BU & continues_B[:, None]
+        kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
+        phi = FEATURE_MAPS[feature_map]
+        folded_BKPE = (
+            kept_BKPE
+            + _outer_sum(
+                phi(context.key_BUKD if context.grouped_key_BUKP is None else context.grouped_key_BUKP),
+                context.value_BUKE,
+                own_BU & (context.position_BU < start_B[:, None]),
+            )
+            + _outer_sum(
+                phi(k_BTKD if grouped_k_BTKP is None else grouped_k_BTKP),
+                v_BTKE,
+                own_BT & (layout.position_BT < start_B[:, None]),
+            )
+        )
 
-    # Position p of the last run stands at array index p + offset, context included.
-    offset_B = jnp.where(any_B, U + last_B - last_position_B, U - initial.length_B)
+    # Position p of the last run stands at index p + offset of the row, and those before the row in the context.
+    offset_B = jnp.where(any_B, last_B - last_position_B, -initial.length_B)
     slots_BS = start_B[:, None] + jnp.arange(group_size * local_groups, dtype=jnp.int32)[None]
     tail_BU = length_B[:, None] + jnp.arange(-initial.tail_BUKE.shape[1], 0, dtype=jnp.int32)[None]
 
-    def gather(x: Array, position: Array) -> Array:
+    def gather(before: Array | None, row: Array, position: Array) -> Array:
+        assert before is not None
         valid = (position >= 0) & (position < length_B[:, None])
-        return _take(x, position + offset_B[:, None], valid)
+        index = position + offset_B[:, None]
+        of_row, of_before = valid & (index >= 0), valid & (index < 0)
+        return take_tokens(row, index, of_row) + take_tokens(before, U + index, of_before)
 
     return AttentionState(
-        state_BKPE=kept_BKPE + folded_BKPE,
-        key_BSKD=gather(key, slots_BS),
-        grouped_key_BSKP=None if grouped is None else gather(grouped, slots_BS),
-        value_BSKE=gather(value, slots_BS),
-        tail_BUKE=gather(value, tail_BU),
+        state_BKPE=folded_BKPE,
+        key_BSKD=gather(context.key_BUKD, k_BTKD, slots_BS),
+        grouped_key_BSKP=None if grouped_k_BTKP is None else gather(context.grouped_key_BUKP, grouped_k_BTKP, slots_BS),
+        value_BSKE=gather(context.value_BUKE, v_BTKE, slots_BS),
+        tail_BUKE=gather(context.value_BUKE, v_BTKE, tail_BU),
         length_B=length_B,
     )
+
+
+def _outer_sum(
+    phi_BAKP: Float[Array, "B A K P"], v_BAKE: Float[Array, "B A K E"], mask_BA: Bool[Array, "B A"]
+) -> Float[Array, "B K P E"]:
+    """Sum of phi v^T over the masked tokens, in float32."""
+    masked_BAKP = jnp.where(mask_BA[..., None, None], phi_BAKP, 0)
+    return jnp.einsum("bakp,bake->bkpe", masked_BAKP, v_BAKE, preferred_element_type=jnp.float32)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lin_jax.config import MedusaConfig
 from lin_jax.decode.trees import best_paths, expected_tokens, write_tree
+from lin_jax.layers.partition import Partition
 from lin_jax.models.medusa import MedusaHeads
-from lin_jax.train.loss import LossSums, chunked_loss, split_positions
+from lin_jax.train.loss import LossSums, sharded_loss, split_positions
 from lin_jax.train.state import Structure
 from lin_jax.train.step import Batch, Loss, LossSettings, features_of, loss_chunk, next_token_loss
 
@@ -46,7 +46,7 @@ class HeadSums(NamedTuple):
     targets_K: Float[Array, " heads"]
 
 
-def medusa_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Loss:
+def medusa_loss(structure: Structure, settings: LossSettings, partition: Partition) -> Loss:
     """The sum over heads of 0.8^k times the cross-entropy; beside the model's own where `settings` says so.
 
     The features are computed once for all heads. Sums are over tokens of the batch: those whose target lies behind the
@@ -54,29 +54,29 @@ def medusa_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Los
     """
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        model = structure.model(trained, frozen, constants, mesh)
-        hidden_BTC = features_of(model, batch, settings, mesh)
-        of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, mesh)
+        model = structure.model(trained, frozen, constants, partition)
+        hidden_BTC = features_of(model, batch, settings, partition)
+        of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, partition)
         if settings.heads_weight is None:
             return LossSums(of_heads, of_heads, jnp.sum(batch["weights"]))
-        own = next_token_loss(model, hidden_BTC, batch, settings, mesh)
+        own = next_token_loss(model, hidden_BTC, batch, settings, partition)
         added = settings.heads_weight * of_heads
         return LossSums(own.loss + added, own.nll + added, own.weight)
 
     return loss
 
 
-def medusa_evaluation(structure: Structure, settings: LossSettings, mesh: Mesh) -> Any:
+def medusa_evaluation(structure: Structure, settings: LossSettings, partition: Partition) -> Any:
     """(trained, frozen, constants, batch) -> `HeadSums`."""
 
     def evaluate(trained: Any, frozen: Any, constants: Any, batch: Batch) -> HeadSums:
-        model = structure.model(trained, frozen, constants, mesh)
-        hidden_BTC = features_of(model, batch, settings, mesh)
-        own = next_token_loss(model, hidden_BTC, batch, settings, mesh)
-        of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, mesh)
+        model = structure.model(trained, frozen, constants, partition)
+        hidden_BTC = features_of(model, batch, settings, partition)
+        own = next_token_loss(model, hidden_BTC, batch, settings, partition)
+        of_heads = _heads_loss(model.medusa, hidden_BTC, batch, settings, partition)
         loss = of_heads if settings.heads_weight is None else own.nll + settings.heads_weight * of_heads
         ahead = look_ahead(batch, model.medusa.config.heads, settings.use_segments)
-        hits_KR = _hits(model.medusa, hidden_BTC, ahead, loss_chunk(batch, settings, mesh))
+        hits_KR = _hits(model.medusa, hidden_BTC, ahead, loss_chunk(batch, settings, partition), partition)
         return HeadSums(loss, own.nll, own.weight, hits_KR, jnp.sum(ahead.weights_KBT, axis=(1, 2)))
 
     return evaluate
@@ -94,23 +94,27 @@ def look_ahead(batch: Batch, heads: int, use_segments: bool) -> Ahead:
 
 
 def _heads_loss(
-    heads: MedusaHeads, hidden_BTC: Array, batch: Batch, settings: LossSettings, mesh: Mesh
+    heads: MedusaHeads, hidden_BTC: Array, batch: Batch, settings: LossSettings, partition: Partition
 ) -> Float[Array, ""]:
     """The weighted sum of the heads' summed losses, one head at a time."""
     graph, arrays = nnx.split(heads.heads)
-    chunk = loss_chunk(batch, settings, mesh)
+    chunk = loss_chunk(batch, settings, partition)
     factor_K = DECAY ** jnp.arange(1, heads.config.heads + 1, dtype=jnp.float32)
 
     def add(total: Array, part: Any) -> tuple[Array, None]:
         arrays, factor, ahead = part
-        sums = chunked_loss(nnx.merge(graph, arrays), hidden_BTC, *ahead, chunk=chunk)
+        sums = sharded_loss(
+            lambda arrays, x: nnx.merge(graph, arrays)(x), arrays, hidden_BTC, *ahead, chunk=chunk, partition=partition
+        )
         return total + factor * sums.nll, None
 
     ahead = look_ahead(batch, heads.config.heads, settings.use_segments)
     return jax.lax.scan(add, jnp.zeros(()), (arrays, factor_K, ahead))[0]
 
 
-def _hits(heads: MedusaHeads, hidden_BTC: Array, ahead: Ahead, chunk: int) -> Float[Array, "heads ranks"]:
+def _hits(
+    heads: MedusaHeads, hidden_BTC: Array, ahead: Ahead, chunk: int, partition: Partition
+) -> Float[Array, "heads ranks"]:
     """How often the guess of each rank of each head is right."""
     graph, arrays = nnx.split(heads.heads)
     ranks = min(RANKS, heads.vocabulary_size)
@@ -125,7 +129,8 @@ def _hits(heads: MedusaHeads, hidden_BTC: Array, ahead: Ahead, chunk: int) -> Fl
             right = (best == targets[..., None]) * weights[..., None]
             return hits_R + jnp.sum(right, axis=(0, 1)), None
 
-        parts = tuple(split_positions(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
+        shards, arrays = partition.shards("tokens"), (hidden_BTC, targets_BT, weights_BT)
+        parts = tuple(split_positions(array, chunk, shards) for array in arrays)
         return None, jax.lax.scan(add, jnp.zeros(ranks), parts)[0]
 
     return jax.lax.scan(of_head, None, (arrays, ahead))[1]

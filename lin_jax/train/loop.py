@@ -21,7 +21,7 @@ from lin_jax.config import Config, ConfigError, first_line, require
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
-from lin_jax.models.flops import training_flops_per_token
+from lin_jax.layers.partition import Partition
 from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
@@ -35,7 +35,7 @@ from lin_jax.train.saved_model import load_base
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
-from lin_jax.train.trainable import structure_of
+from lin_jax.train.trainable import step_flops, structure_of
 from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
@@ -64,7 +64,7 @@ class Parts:
     """What is computed in a run, without its numbers."""
 
     config: Config
-    mesh: Mesh
+    partition: Partition
     structure: Structure
     optimizer: optax.GradientTransformation
     shardings: TrainState
@@ -72,7 +72,13 @@ class Parts:
     @property
     def feed(self) -> Feed:
         """What this process reads of a batch."""
-        return Feed(sharding.batch_sharding(self.mesh), self.config.data.batch_size)
+        return Feed(sharding.batch_sharding(self.partition), self.config.data.batch_size)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        assert self.partition.mesh is not None
+        return self.partition.mesh
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -95,30 +101,30 @@ class _Ready:
     text: str
 
 
-def make_parts(config: Config, mesh: Mesh) -> Parts:
-    """The parts of a run on the devices of `mesh`."""
+def make_parts(config: Config, partition: Partition) -> Parts:
+    """The parts of a run on the devices of `partition`."""
     structure = structure_of(config)
     decay, _ = structure.split(structure.metadata("decay"))
     optimizer = make_optimizer(config.optimizer, config.train.steps, decay)
-    return Parts(config, mesh, structure, optimizer, state_shardings(structure, optimizer, mesh))
+    return Parts(config, partition, structure, optimizer, state_shardings(structure, optimizer, partition))
 
 
 def make_step(parts: Parts) -> Any:
     """The jitted update of a run."""
     config = parts.config
     return make_train_step(
-        _LOSSES[config.finetune.objective](parts.structure, parts.loss_settings, parts.mesh),
+        _LOSSES[config.finetune.objective](parts.structure, parts.loss_settings, parts.partition),
         parts.optimizer,
         learning_rate_schedule(config.optimizer, config.train.steps),
         config.train.microbatches,
         parts.shardings,
-        parts.mesh,
+        parts.partition,
     )
 
 
 def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of what `make_step` reads."""
-    data, cut = parts.config.data, sharding.batch_sharding(parts.mesh)
+    data, cut = parts.config.data, sharding.batch_sharding(parts.partition)
     shape = (data.batch_size, data.sequence_length)
     return {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in _BATCH_TYPES.items()}
 
@@ -136,19 +142,19 @@ def train(config: Config, report: Report = print) -> Result:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
     config, report = _with_absolute_base(config), only_first(report)
-    mesh = sharding.make_mesh(config.mesh)
-    ready = _prepare(config, mesh)
-    parts = make_parts(config, mesh)
+    partition = sharding.make_partition(config.mesh)
+    ready = _prepare(config, partition)
+    parts = make_parts(config, partition)
     with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
         return _train(parts, ready, iterator, report)
 
 
 def show_sharding(config: Config) -> str:
-    """A table of the model's parameters: shape, how they are cut, bytes on each device."""
-    mesh = sharding.make_mesh(config.mesh)
+    """The mesh, and a table of the model's parameters: shape, how they are cut, bytes on each device."""
+    partition = sharding.make_partition(config.mesh)
     structure = structure_of(config)
     shapes, _ = jax.eval_shape(structure.initialise, jnp.uint32(0))
-    return sharding.show_sharding(shapes, structure.parameter_shardings(mesh))
+    return sharding.show_sharding(partition, shapes, structure.parameter_shardings(partition))
 
 
 def _with_absolute_base(config: Config) -> Config:
@@ -179,7 +185,7 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
         files.directory,
         step,
         config.train.steps,
-        training_flops_per_token(config.model, config.data.sequence_length),
+        float(step_flops(config).needed),
         report,
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, ready.text, log.message)
@@ -191,10 +197,10 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
         log.close()
 
 
-def _prepare(config: Config, mesh: Mesh) -> _Ready:
+def _prepare(config: Config, partition: Partition) -> _Ready:
     """Check everything that can be checked without computing, in the order of what it costs."""
     check_remote(config.workdir, "config.workdir")
-    sharding.check_batch(mesh, config.data.batch_size, config.train.microbatches)
+    sharding.check_fit(config, partition)
     resumes = checkpoint.has_checkpoint(config)
     tokenizer = _tokenizer(config, resumes)
     text = check_data(config.data, config.model.vocabulary_size, tokenizer)
@@ -353,8 +359,8 @@ class _Run:
         if self._evaluate_batch is None:
             parts, settings = self._parts, dataclasses.replace(self._parts.loss_settings, z_loss=0.0)
             make_loss = medusa_evaluation if self._has_heads else language_model_loss
-            loss = make_loss(parts.structure, settings, parts.mesh)
-            self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.mesh)
+            loss = make_loss(parts.structure, settings, parts.partition)
+            self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.partition)
             self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
         sums = []
         with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:

@@ -15,31 +15,17 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from lin_jax.train.chips import chip_of
 from lin_jax.train.distributed import agree_on
 from lin_jax.train.step import StepMetrics
-
-# Dense bf16 FLOP/s of one device, by what its `device_kind` contains; from the makers' data sheets. First match wins.
-PEAK_FLOPS = (
-    ("v6 lite", 918e12),
-    ("v6e", 918e12),
-    ("v5p", 459e12),
-    ("v5 lite", 197e12),
-    ("v5e", 197e12),
-    ("v5", 459e12),
-    ("v4", 275e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
 
 METRICS = "metrics.jsonl"
 
 
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s that a device can do at best; None where it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
+    chip = chip_of(device_kind)
+    return chip.flops if chip else None
 
 
 def read_metrics(file: Path, last_step: int | None = None) -> list[dict[str, Any]]:

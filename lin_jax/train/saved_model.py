@@ -18,7 +18,7 @@ from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.overrides import config_from_dict, config_to_dict
 from lin_jax.train.base import check_base, is_new, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
-from lin_jax.train.sharding import make_mesh, replicated
+from lin_jax.train.sharding import default_partition, make_mesh, replicated
 from lin_jax.train.state import Structure, initial_state
 from lin_jax.train.trainable import structure_of
 from lin_jax.train.workdir import (
@@ -91,7 +91,8 @@ def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]
     config = config_from_dict(meta["config"])
     structure = structure_of(config)
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
-    shardings = (structure.parameter_shardings(mesh), jax.tree.map(lambda _: replicated(mesh), shapes[1]))
+    partition = default_partition(mesh)
+    shardings = (structure.parameter_shardings(partition), jax.tree.map(lambda _: replicated(partition), shapes[1]))
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
     wanted = {"parameters": structure.split(abstract[0])[0], "constants": abstract[1]}
     item = _as_saved(wanted, manager.directory / str(step) / "model")
@@ -107,7 +108,7 @@ def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
     if not structure.has_frozen:
         return {}
     base = load_base(config, structure, mesh)
-    shardings = structure.split(structure.parameter_shardings(mesh))[1]
+    shardings = structure.split(structure.parameter_shardings(default_partition(mesh)))[1]
     start = jax.jit(
         lambda seed, known: initial_state(structure, optax.identity(), seed, known).frozen, out_shardings=shardings
     )

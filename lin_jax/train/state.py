@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
+from lin_jax.layers.partition import Partition
 from lin_jax.models.medusa import HEADS, first_kernel
-from lin_jax.train.sharding import parameter_sharding, replicated
+from lin_jax.train.sharding import replicated
 
 Create = Callable[[nnx.Rngs], nnx.Module]
 Path = tuple[str, ...]
@@ -94,29 +94,31 @@ class Structure:
         """The metadata `name` of every parameter, as a tree like the parameters."""
         return self._map_parameters(lambda variable: getattr(variable, name))
 
-    def parameter_shardings(self, mesh: Mesh) -> Any:
+    def parameter_shardings(self, partition: Partition) -> Any:
         """Where every parameter lies, by its metadata `axes`."""
-        return self._map_parameters(lambda v: parameter_sharding(mesh, v.axes, v.get_value().shape))
+        return self._map_parameters(lambda v: partition.sharding(v.axes, v.get_value().shape))
 
-    def gather(self, parameters: Any, mesh: Mesh) -> Any:
-        """`parameters` with those that are not stacked layers whole on every device.
+    def gather(self, parameters: Any, partition: Partition) -> Any:
+        """`parameters` with those that are not stacked layers gathered over what cuts the batch.
 
         Left to itself the compiler keeps what it looks up in a cut embedding cut along the width, and with it all
         activations, and gathers the batch instead. Stacked layers are gathered one at a time inside the scan.
         """
-        stacked = self._map_parameters(lambda variable: len(variable.get_value().shape) > len(variable.axes))
-        whole = replicated(mesh)
-        return jax.tree.map(
-            lambda array, keep: array if keep else jax.lax.with_sharding_constraint(array, whole), parameters, stacked
-        )
 
-    def model(self, trained: Any, frozen: Any, constants: Any, mesh: Mesh) -> Any:
+        def gather(variable: nnx.Variable, array: jax.Array) -> jax.Array:
+            stacked = len(variable.get_value().shape) > len(variable.axes)
+            return array if stacked else partition.gather(array, variable.axes)
+
+        return self._map_parameters(gather, parameters)
+
+    def model(self, trained: Any, frozen: Any, constants: Any, partition: Partition) -> Any:
         """The module of a step: `merge` of all parameters, gathered."""
-        return self.merge(self.gather(self.join(trained, frozen), mesh), constants)
+        return self.merge(self.gather(self.join(trained, frozen), partition), constants)
 
-    def _map_parameters(self, function: Callable[[nnx.Variable], Any]) -> Any:
-        flat = nnx.to_flat_state(self.abstract_parameters)
-        return nnx.traversals.unflatten_mapping({path: function(variable) for path, variable in flat})
+    def _map_parameters(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """A tree like the parameters, of what `function` gives for each variable and its leaves of `trees`."""
+        flat, leaves = nnx.to_flat_state(self.abstract_parameters), [nnx.traversals.flatten_mapping(t) for t in trees]
+        return nnx.traversals.unflatten_mapping({p: function(v, *(t[p] for t in leaves)) for p, v in flat})
 
 
 def _strong(tree: Any) -> Any:
@@ -136,10 +138,10 @@ def make_structure(
     return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start)
 
 
-def state_shardings(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(structure: Structure, optimizer: optax.GradientTransformation, partition: Partition) -> TrainState:
     """Shardings of a whole `TrainState`: the optimizer's moments lie where their parameters do."""
-    whole = replicated(mesh)
-    parameters, frozen = structure.split(structure.parameter_shardings(mesh))
+    whole = replicated(partition)
+    parameters, frozen = structure.split(structure.parameter_shardings(partition))
     shapes = jax.eval_shape(lambda: initial_state(structure, optimizer, jnp.uint32(0)))
     return TrainState(
         step=whole,

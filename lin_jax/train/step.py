@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.train.loss import LossSums, chunked_loss
+from lin_jax.layers.partition import Partition
+from lin_jax.train.loss import LossSums, sharded_loss
 from lin_jax.train.optimizer import skipped_steps
-from lin_jax.train.sharding import batch_sharding, batch_shards, replicated
+from lin_jax.train.sharding import batch_sharding, replicated
 from lin_jax.train.state import Structure, TrainState
 
 Batch = dict[str, jax.Array]
@@ -45,33 +46,43 @@ class LossSettings:
     heads_weight: float | None = None
 
 
-def language_model_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Loss:
+def language_model_loss(structure: Structure, settings: LossSettings, partition: Partition) -> Loss:
     """Cross-entropy of the next tokens; a batch holds tokens, targets, weights and segment ids, [B, T] each."""
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        model = structure.model(trained, frozen, constants, mesh)
-        return next_token_loss(model, features_of(model, batch, settings, mesh), batch, settings, mesh)
+        model = structure.model(trained, frozen, constants, partition)
+        return next_token_loss(model, features_of(model, batch, settings, partition), batch, settings, partition)
 
     return loss
 
 
-def features_of(model: Any, batch: Batch, settings: LossSettings, mesh: Mesh) -> Float[Array, "B T C"]:
+def features_of(model: Any, batch: Batch, settings: LossSettings, partition: Partition) -> Float[Array, "B T C"]:
     """What the model's head reads of a batch."""
-    hidden_BTC = model.features(batch["tokens"], batch["segment_ids"] if settings.use_segments else None)
-    return jax.lax.with_sharding_constraint(hidden_BTC, batch_sharding(mesh))
+    segment_ids_BT = batch["segment_ids"] if settings.use_segments else None
+    return partition.constrain(model.features(batch["tokens"], segment_ids_BT, partition), "batch", "tokens", None)
 
 
 def next_token_loss(
-    model: Any, hidden_BTC: Float[Array, "B T C"], batch: Batch, settings: LossSettings, mesh: Mesh
+    model: Any, hidden_BTC: Float[Array, "B T C"], batch: Batch, settings: LossSettings, partition: Partition
 ) -> LossSums:
     """Cross-entropy of the next tokens, of what `features_of` gives."""
-    chunk = loss_chunk(batch, settings, mesh)
-    return chunked_loss(model.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk, z_loss=settings.z_loss)
+    # The layers are no part of the head, and many.
+    graph, used, layers = nnx.split(model, lambda path, _: path[0] != "layers", ...)
+    return sharded_loss(
+        lambda used, x: nnx.merge(graph, used, layers).head(x),
+        used,
+        hidden_BTC,
+        batch["targets"],
+        batch["weights"],
+        chunk=loss_chunk(batch, settings, partition),
+        z_loss=settings.z_loss,
+        partition=partition,
+    )
 
 
-def loss_chunk(batch: Batch, settings: LossSettings, mesh: Mesh) -> int:
-    """Tokens of a row whose logits are in memory at a time."""
-    return max(1, settings.loss_chunk * batch_shards(mesh) // batch["tokens"].shape[0])
+def loss_chunk(batch: Batch, settings: LossSettings, partition: Partition) -> int:
+    """Tokens of a row whose logits are in memory at a time, on all devices that share it."""
+    return max(1, settings.loss_chunk * partition.shards("batch", "tokens") // batch["tokens"].shape[0])
 
 
 def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
@@ -106,7 +117,7 @@ def make_train_step(
     schedule: optax.Schedule,
     microbatches: int,
     shardings: TrainState,
-    mesh: Mesh,
+    partition: Partition,
 ) -> Any:
     """A jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
 
@@ -133,16 +144,16 @@ def make_train_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(partition)),
+        out_shardings=(shardings, replicated(partition)),
         donate_argnums=0,
     )
 
 
-def make_evaluation_step(loss: Loss, shardings: TrainState, mesh: Mesh) -> Any:
+def make_evaluation_step(loss: Loss, shardings: TrainState, partition: Partition) -> Any:
     """A jitted (parameters, frozen, constants, batch) -> LossSums."""
     return jax.jit(
         loss,
-        in_shardings=(shardings.parameters, shardings.frozen, shardings.constants, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(shardings.parameters, shardings.frozen, shardings.constants, batch_sharding(partition)),
+        out_shardings=replicated(partition),
     )

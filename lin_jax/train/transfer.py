@@ -6,21 +6,19 @@ from each other, in one forward pass for both models (Zhang et al., LoLCATs, 202
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lin_jax.layers.attention import layer_kinds
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers
 from lin_jax.train.loss import LossSums
-from lin_jax.train.sharding import batch_sharding
 from lin_jax.train.state import Structure
 from lin_jax.train.step import Batch, Loss, LossSettings
 
 
-def transfer_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> Loss:
+def transfer_loss(structure: Structure, settings: LossSettings, partition: Partition) -> Loss:
     """The squared error of the attentions' outputs, averaged over channels and linearized layers.
 
     `structure` keeps all parameters as they were at the start (`keeps_start`): they are the teacher, called with
@@ -28,25 +26,26 @@ def transfer_loss(structure: Structure, settings: LossSettings, mesh: Mesh) -> L
     """
 
     def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        student = structure.model(trained, frozen, constants, mesh)
-        teacher = structure.model({}, frozen, constants, mesh)
-        error_BT = attention_errors(
-            student, teacher, batch["tokens"], batch["segment_ids"] if settings.use_segments else None
-        )
-        error_BT = jax.lax.with_sharding_constraint(error_BT, batch_sharding(mesh))
+        student = structure.model(trained, frozen, constants, partition)
+        teacher = structure.model({}, frozen, constants, partition)
+        segment_ids_BT = batch["segment_ids"] if settings.use_segments else None
+        error_BT = attention_errors(student, teacher, batch["tokens"], segment_ids_BT, partition)
+        error_BT = partition.constrain(error_BT, "batch", "tokens")
         error, weight = jnp.sum(error_BT * batch["weights"]), jnp.sum(batch["weights"])
         return LossSums(error, error, weight)
 
     return loss
 
 
-def attention_errors(student: Any, teacher: Any, tokens_BT: Array, segment_ids_BT: Array | None) -> Float[Array, "B T"]:
+def attention_errors(
+    student: Any, teacher: Any, tokens_BT: Array, segment_ids_BT: Array | None, partition: Partition = WHOLE
+) -> Float[Array, "B T"]:
     """The mean square of the difference of the two models' attentions, over channels and linearized layers."""
     config = student.config
     kinds = layer_kinds(config.attention, config.depth)
-    x_BTC, *shared = teacher.begin(tokens_BT, segment_ids_BT)
+    x_BTC, *shared = teacher.begin(tokens_BT, segment_ids_BT, partition)
     pair, start = _Pair(student.layers, teacher.layers), (x_BTC, jnp.zeros(tokens_BT.shape, jnp.float32))
-    _, error_BT = run_layers(pair, start, *shared, remat=config.remat, kinds=kinds)
+    _, error_BT = run_layers(pair, start, *shared, remat=config.remat, kinds=kinds, partition=partition)
     return error_BT / max(1, sum(kind != "softmax" for kind in kinds))
 
 

@@ -18,7 +18,7 @@ from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.loop import make_parts
 from lin_jax.train.saved_model import load_model, save_model
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_mesh, make_partition
 from lin_jax.train.state import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +59,7 @@ def largest_part(shapes):
 
 
 def test_a_new_state_is_made_in_parts():
-    parts = make_parts(CONFIG, make_mesh(CUT))
+    parts = make_parts(CONFIG, make_partition(CUT))
     make = jax.jit(lambda seed: initial_state(parts.structure, parts.optimizer, seed), out_shardings=parts.shardings)
     program = make.lower(jnp.uint32(0)).compile().as_text()
     sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, MeshConfig
 from lin_jax.evaluate.perplexity import Perplexity, make_scorer, measure, windows
 from lin_jax.models.registry import create_model
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,7 +77,7 @@ def naive(model, documents):
     ("window", "stride", "batch_size"), [(64, 64, 8), (8, 8, 8), (8, 4, 16), (8, 3, 8), (8, 1, 24), (16, 5, 8)]
 )
 def test_equal_to_one_window_at_a_time(model, documents, naive, window, stride, batch_size):
-    score = make_scorer(model, make_mesh(MeshConfig()), chunk=5)
+    score = make_scorer(model, make_partition(MeshConfig()), chunk=5)
     result = measure(score, iter(documents), START, window=window, stride=stride, batch_size=batch_size)
     tokens = sum(len(ids) for ids, _ in documents)
     assert (result.documents, result.tokens, result.bytes) == (len(documents), tokens, 3 * tokens)

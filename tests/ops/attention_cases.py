@@ -80,6 +80,7 @@ def make_case(
     own_grouped: bool = False,
     feature_map: str = "identity",
     segments: bool = False,
+    normalise: bool = False,
     dtype: Any = jnp.float32,
 ) -> Case:
     """Inputs with normal entries."""
@@ -107,6 +108,7 @@ def make_case(
         arrays["segment_ids_BT"] = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.2, axis=1) % 4, jnp.int32)
     options = {
         "local": local,
+        "normalise": normalise,
         "score_scale": D**-0.5,
         "grouped": grouped,
         "feature_map": feature_map,

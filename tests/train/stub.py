@@ -38,7 +38,7 @@ class Stub(nnx.Module):
         self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Layer(rngs, width)))(rngs)
         self.temperature = Constant(jnp.full((), 0.5))
 
-    def features(self, tokens_BT, segment_ids_BT=None):
+    def features(self, tokens_BT, segment_ids_BT=None, partition=None):
         length = tokens_BT.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
         if segment_ids_BT is not None:

@@ -38,7 +38,7 @@ from lin_jax.train.heads import accuracy_by_rank, head_values, medusa_evaluation
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.saved_model import load_model, save_model
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 from lin_jax.train.step import LossSettings
 from lin_jax.train.trainable import structure_of
 
@@ -127,7 +127,7 @@ def start(config):
 
 
 def mesh():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_partition(MeshConfig(), jax.devices()[:1])
 
 
 def by_hand(structure, trained, frozen, constants, batch):

@@ -223,8 +223,8 @@ def test_damage_falls_back_to_the_checkpoint_before(config, uninterrupted, monke
 def test_checksums_notice_one_bit_and_not_the_mesh():
     values = jax.random.normal(jax.random.key(0), (16, 8))
     tree = {"a": values, "b": jax.numpy.arange(5), "c": values.astype("bfloat16"), "d": values > 0}
-    mesh = loop.sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    cut = {**tree, "a": jax.device_put(values, loop.sharding.batch_sharding(mesh))}
+    partition = loop.sharding.make_partition(MeshConfig(data=2, fsdp=4))
+    cut = {**tree, "a": jax.device_put(values, loop.sharding.batch_sharding(partition))}
     meta = {"checksums": {"model": checksums.checksums(tree)}}
     checksums.require_checksums({"model": cut}, meta)
     for name in "abc":

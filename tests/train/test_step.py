@@ -12,7 +12,7 @@ import pytest
 
 from lin_jax.config import MeshConfig, OptimizerConfig
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.sharding import batch_sharding, global_batch, make_mesh
+from lin_jax.train.sharding import batch_sharding, global_batch, make_partition
 from lin_jax.train.state import initial_state, make_structure, state_shardings
 from lin_jax.train.step import (
     LossSettings,
@@ -49,24 +49,24 @@ def plain_loss(parameters, constants, batch):
     return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
 
-def setup(mesh, microbatches=1, config=CONFIG):
+def setup(partition, microbatches=1, config=CONFIG):
     optimizer = make_optimizer(config, 10, STRUCTURE.metadata("decay"))
-    shardings = state_shardings(STRUCTURE, optimizer, mesh)
+    shardings = state_shardings(STRUCTURE, optimizer, partition)
     state = jax.jit(lambda seed: initial_state(STRUCTURE, optimizer, seed), out_shardings=shardings)(jnp.uint32(0))
     schedule = learning_rate_schedule(config, 10)
-    loss = language_model_loss(STRUCTURE, SETTINGS, mesh)
-    step = make_train_step(loss, optimizer, schedule, microbatches, shardings, mesh)
+    loss = language_model_loss(STRUCTURE, SETTINGS, partition)
+    step = make_train_step(loss, optimizer, schedule, microbatches, shardings, partition)
     return state, step, shardings
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 8])
 def test_gradient_is_that_of_the_plain_loss(microbatches):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    partition = make_partition(MeshConfig(), jax.devices()[:1])
     parameters, constants = STRUCTURE.initialise(jnp.uint32(0))
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def loss(parameters, part):
-        return language_model_loss(STRUCTURE, SETTINGS, mesh)(parameters, {}, constants, part)
+        return language_model_loss(STRUCTURE, SETTINGS, partition)(parameters, {}, constants, part)
 
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
@@ -76,11 +76,11 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
 
 @functools.cache
 def run_steps(mesh_config, devices, microbatches):
-    mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    state, step, _ = setup(mesh, microbatches)
+    partition = make_partition(mesh_config, jax.devices()[:devices])
+    state, step, _ = setup(partition, microbatches)
     losses = []
     for seed in range(3):
-        state, metrics = step(state, global_batch(make_batch(seed=seed), batch_sharding(mesh)))
+        state, metrics = step(state, global_batch(make_batch(seed=seed), batch_sharding(partition)))
         losses.append((float(metrics.loss), float(metrics.gradient_norm)))
     return losses, jax.device_get(state.parameters)
 
@@ -103,10 +103,10 @@ def test_every_mesh_gives_the_same_run(mesh, microbatches):
 
 def test_only_parameters_cross_devices():
     """No activation is gathered or summed over devices; layers are gathered one at a time."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    state, step, _ = setup(mesh)
+    partition = make_partition(MeshConfig(data=2, fsdp=4))
+    state, step, _ = setup(partition)
     rows, length = 40, 11  # sizes that no parameter has
-    text = step.lower(state, global_batch(make_batch(rows, length), batch_sharding(mesh))).compile().as_text()
+    text = step.lower(state, global_batch(make_batch(rows, length), batch_sharding(partition))).compile().as_text()
     pattern = r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
     shapes = [
         [int(size) for size in dimensions.split(",") if size]
@@ -118,8 +118,8 @@ def test_only_parameters_cross_devices():
 
 
 def test_parameters_and_moments_are_cut_alike():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    state, _, shardings = setup(mesh)
+    partition = make_partition(MeshConfig(data=2, fsdp=4))
+    state, _, shardings = setup(partition)
     assert state.parameters["embedding"].addressable_shards[0].data.shape == (VOCABULARY, 4)
     assert state.parameters["layers"]["up"].addressable_shards[0].data.shape == (LAYERS, 4, 32)
     mean = optax.tree_utils.tree_get(state.optimizer, "mu")
@@ -128,12 +128,12 @@ def test_parameters_and_moments_are_cut_alike():
 
 
 def test_update_is_adamw_with_masked_decay():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state, step, _ = setup(mesh)
+    partition = make_partition(MeshConfig(), jax.devices()[:1])
+    state, step, _ = setup(partition)
     before = jax.device_get(state.parameters)
     batch = make_batch()
     _, gradient = jax.jit(jax.value_and_grad(plain_loss))(before, jax.device_get(state.constants), batch)
-    after, metrics = step(state, global_batch(batch, batch_sharding(mesh)))
+    after, metrics = step(state, global_batch(batch, batch_sharding(partition)))
     norm = optax.tree.norm(gradient)
     np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-5)
     clip = min(1.0, CONFIG.gradient_clip / float(norm))
@@ -155,15 +155,15 @@ def test_update_is_adamw_with_masked_decay():
 
 
 def test_non_finite_steps_are_skipped_and_counted():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    state, step, _ = setup(mesh)
-    state, _ = step(state, global_batch(make_batch(), batch_sharding(mesh)))
+    partition = make_partition(MeshConfig(data=2, fsdp=4))
+    state, step, _ = setup(partition)
+    state, _ = step(state, global_batch(make_batch(), batch_sharding(partition)))
     before = jax.device_get((state.parameters, state.optimizer.inner_state))
     bad = make_batch(seed=1)
     bad["weights"][3, 1] = np.inf
     counts = []
     for batch in (bad, bad, make_batch(seed=2)):
-        state, metrics = step(state, global_batch(batch, batch_sharding(mesh)))
+        state, metrics = step(state, global_batch(batch, batch_sharding(partition)))
         counts.append((int(metrics.skipped_in_a_row), int(metrics.skipped), int(state.step)))
         if batch is bad:
             after = jax.device_get((state.parameters, state.optimizer.inner_state))
@@ -175,22 +175,22 @@ def test_non_finite_steps_are_skipped_and_counted():
 
 
 def test_a_batch_without_weight_leaves_no_nan():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state, step, _ = setup(mesh)
+    partition = make_partition(MeshConfig(), jax.devices()[:1])
+    state, step, _ = setup(partition)
     batch = make_batch()
     batch["weights"][:] = 0
-    state, metrics = step(state, global_batch(batch, batch_sharding(mesh)))
+    state, metrics = step(state, global_batch(batch, batch_sharding(partition)))
     assert float(metrics.loss) == 0 and int(metrics.skipped) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.parameters)))
 
 
 def test_evaluation_leaves_out_the_z_loss():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    state, _, shardings = setup(mesh)
+    partition = make_partition(MeshConfig(data=2, fsdp=4))
+    state, _, shardings = setup(partition)
     batch = make_batch()
-    loss = language_model_loss(STRUCTURE, dataclasses.replace(SETTINGS, z_loss=0.0), mesh)
-    sums = make_evaluation_step(loss, shardings, mesh)(
-        state.parameters, state.frozen, state.constants, global_batch(batch, batch_sharding(mesh))
+    loss = language_model_loss(STRUCTURE, dataclasses.replace(SETTINGS, z_loss=0.0), partition)
+    sums = make_evaluation_step(loss, shardings, partition)(
+        state.parameters, state.frozen, state.constants, global_batch(batch, batch_sharding(partition))
     )
     logits = STRUCTURE.merge(jax.device_get(state.parameters), jax.device_get(state.constants))(
         batch["tokens"], batch["segment_ids"]

@@ -11,7 +11,7 @@ from flax import nnx
 from lin_jax.config import AttentionConfig, Gpt2Config, LlamaConfig, MeshConfig
 from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.registry import create_model
-from lin_jax.train.sharding import make_mesh
+from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import make_structure
 from lin_jax.train.step import LossSettings
 from lin_jax.train.transfer import attention_errors, transfer_loss
@@ -93,7 +93,7 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     assert set(trained["layers"]["attention"]) == {"mixing", "query"}
     assert jax.tree.structure(frozen) == jax.tree.structure(parameters)
     loss = transfer_loss(
-        structure, LossSettings(16, 0.0, use_segments=True), make_mesh(MeshConfig(), jax.devices()[:1])
+        structure, LossSettings(16, 0.0, use_segments=True), make_partition(MeshConfig(), jax.devices()[:1])
     )
     weights = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32)
     batch = {"tokens": TOKENS, "segment_ids": SEGMENTS, "targets": TOKENS, "weights": weights}

@@ -1,18 +1,18 @@
 """The one public function of augmented linear attention."""
 
-from typing import Literal, get_args
+import inspect
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lin_jax.ops.augmented_attention import reference, xla
 from lin_jax.ops.augmented_attention.inputs import Inputs
+from lin_jax.ops.augmented_attention.select import IMPLEMENTATIONS, Choice, attend, choose
 from lin_jax.ops.feature_maps import FEATURE_MAPS
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.state import AttentionState, advance, empty_state
 
 Local = Literal["relu2", "laplace", "softmax", "none"]
-IMPLEMENTATIONS = {"xla": xla.attend, "reference": reference.attend}
 
 
 def augmented_attention(
@@ -27,6 +27,7 @@ def augmented_attention(
     bias_XH: Float[Array, "X #H"] | None = None,
     grouped: bool = True,
     feature_map: str = "identity",
+    normalise: bool = False,
     alpha: Float[Array, " #H"] | Float[Array, ""] | float = 1.0,
     conv_WH: Float[Array, "W #H"] | None = None,
     causal: bool = True,
@@ -34,6 +35,7 @@ def augmented_attention(
     local_groups: int = 1,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     initial_state: AttentionState | None = None,
+    aligned_state: bool = False,
     return_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], AttentionState]:
@@ -62,6 +64,8 @@ def augmented_attention(
             X = 2 * S - 1, row d + S - 1 is distance d = t - s.
         grouped: whether the grouped branch is on.
         feature_map: phi: identity, unit (x / ||x||), relu or elu1.
+        normalise: divide queries and keys by their norm first, as `feature_maps.unit` does: in the grouped branch, and
+            in the local one unless that is softmax. Not with states, which hold keys as they are multiplied.
         alpha: weight of the grouped branch, one number or one a query head.
         conv_WH: causal filter, row j multiplies v_{t-j}; one a query head or one for all; None turns it off.
         causal: whether a token sees only itself and earlier ones.
@@ -70,18 +74,91 @@ def augmented_attention(
         segment_ids_BT: every run of equal ids is a sequence of its own, with groups counted from its first token;
             0 is padding, which is not seen and gives 0. None: every row is one sequence.
         initial_state: what went before; the run of the row's first token continues it, if that token is real.
+        aligned_state: whether the caller knows that the initial state ends with a group in all rows; without segment
+            ids groups then lie alike in all rows, which takes half the local work.
         return_state: also return the state after the last real token (of its sequence; a row of padding keeps its).
-        implementation: "xla" (fused), "reference" (the definition, slow), or None for the best that runs here.
+        implementation: "xla" (fused), "reference" (the definition, slow), "pallas_tpu" (a kernel; simulated on a
+            CPU), or None for the best that runs on the default device, see `explain`.
 
     Returns:
         y_BTHE in the type of v, and the final state if asked for.
 
     Raises:
-        ValueError: shapes or options that do not fit together.
+        ValueError: shapes or options that do not fit together, or a named implementation that cannot run.
     """
+    inputs = make_inputs(
+        q_BTHD,
+        k_BTKD,
+        v_BTKE,
+        grouped_q_BTHP=grouped_q_BTHP,
+        grouped_k_BTKP=grouped_k_BTKP,
+        local=local,
+        score_scale=score_scale,
+        bias_XH=bias_XH,
+        grouped=grouped,
+        feature_map=feature_map,
+        normalise=normalise,
+        alpha=alpha,
+        conv_WH=conv_WH,
+        causal=causal,
+        group_size=group_size,
+        local_groups=local_groups,
+        segment_ids_BT=segment_ids_BT,
+        initial_state=initial_state,
+        aligned_state=aligned_state,
+        return_state=return_state,
+        implementation=implementation,
+    )
+    B, T, H, _ = q_BTHD.shape
+    if T == 0:
+        y_BTHE = jnp.zeros((B, 0, H, v_BTKE.shape[-1]), v_BTKE.dtype)
+        return (y_BTHE, inputs.initial_state) if return_state else y_BTHE
+    y_BTHE, folded_BKPE = attend(inputs, choose(inputs, implementation).implementation)
+    return (y_BTHE, _final_state(inputs, folded_BKPE)) if return_state else y_BTHE
+
+
+def explain(
+    q_BTHD: Float[Array, "B T H D"], k_BTKD: Float[Array, "B T K D"], v_BTKE: Float[Array, "B T K E"], **options: Any
+) -> Choice:
+    """Which implementation `augmented_attention` takes for these arguments, and why.
+
+    Raises:
+        ValueError: as `augmented_attention` does.
+    """
+    inputs = make_inputs(q_BTHD, k_BTKD, v_BTKE, **{**DEFAULTS, **options})
+    return choose(inputs, options.get("implementation"))
+
+
+def make_inputs(
+    q_BTHD: Array,
+    k_BTKD: Array,
+    v_BTKE: Array,
+    *,
+    grouped_q_BTHP: Array | None,
+    grouped_k_BTKP: Array | None,
+    local: str,
+    score_scale: float,
+    bias_XH: Array | None,
+    grouped: bool,
+    feature_map: str,
+    normalise: bool,
+    alpha: Any,
+    conv_WH: Array | None,
+    causal: bool,
+    group_size: int,
+    local_groups: int,
+    segment_ids_BT: Array | None,
+    initial_state: AttentionState | None,
+    aligned_state: bool,
+    return_state: bool,
+    implementation: str | None,
+) -> Inputs:
+    """The arguments of `augmented_attention`, checked and with defaults filled in."""
     _check_options(local, feature_map, group_size, local_groups, implementation)
     if not causal and (initial_state is not None or return_state):
         raise ValueError("a bidirectional attention has no state: initial_state and return_state need causal=True")
+    if normalise and (initial_state is not None or return_state):
+        raise ValueError("normalise=True has no state: normalise queries and keys before, with feature_maps.unit")
     _check_shapes(q_BTHD, k_BTKD, v_BTKE, grouped_q_BTHP, grouped_k_BTKP)
     B, T, H, _ = q_BTHD.shape
     taps = 0 if conv_WH is None else conv_WH.shape[0]
@@ -96,7 +173,7 @@ def augmented_attention(
     )
     if initial_state is not None:
         _check_state(initial_state, empty)
-    inputs = Inputs(
+    return Inputs(
         q_BTHD=q_BTHD,
         k_BTKD=k_BTKD,
         v_BTKE=v_BTKE,
@@ -107,6 +184,7 @@ def augmented_attention(
         bias_XH=None if bias_XH is None else _per_head(bias_XH, H),
         grouped=grouped,
         feature_map=feature_map,
+        normalise=normalise,
         alpha_H=jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (H,)),
         conv_WH=None if conv_WH is None or taps == 0 else _per_head(conv_WH, H),
         causal=causal,
@@ -114,17 +192,21 @@ def augmented_attention(
         local_groups=local_groups,
         segment_ids_BT=jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT,
         initial_state=empty if initial_state is None else initial_state,
-        aligned=segment_ids_BT is None and initial_state is None,
+        aligned=segment_ids_BT is None and (initial_state is None or aligned_state),
         fresh=initial_state is None,
+        return_state=return_state,
     )
-    if T == 0:
-        y_BTHE = jnp.zeros((B, 0, H, v_BTKE.shape[-1]), v_BTKE.dtype)
-        return (y_BTHE, inputs.initial_state) if return_state else y_BTHE
-    y_BTHE = IMPLEMENTATIONS[implementation or "xla"](inputs)
-    return (y_BTHE, _final_state(inputs)) if return_state else y_BTHE
 
 
-def _final_state(inputs: Inputs) -> AttentionState:
+# The defaults of `augmented_attention`, for `explain`.
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(augmented_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+}
+
+
+def _final_state(inputs: Inputs, folded_BKPE: Array | None) -> AttentionState:
     return advance(
         inputs.initial_state,
         inputs.k_BTKD,
@@ -134,6 +216,7 @@ def _final_state(inputs: Inputs) -> AttentionState:
         group_size=inputs.group_size,
         local_groups=inputs.local_groups,
         feature_map=inputs.feature_map,
+        folded_BKPE=folded_BKPE,
     )
 
 

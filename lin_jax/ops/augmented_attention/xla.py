@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.activations import masked_activation
 from lin_jax.ops.augmented_attention.inputs import Inputs
+from lin_jax.ops.augmented_attention.toeplitz import toeplitz
 from lin_jax.ops.feature_maps import FEATURE_MAPS
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.product import product
 from lin_jax.ops.state import context_tokens
+from lin_jax.ops.target import target
 
 # Tokens in a chunk. On two CPU cores (H8 D64 G64 W32, T 16384) 256 to 512 were fastest; all groups at once took 1.8
 # times as long, as their weights outgrow the cache. Accelerators need more independent products to be busy; their
@@ -92,7 +93,7 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
 def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
     """Chunk after chunk; of the earlier ones a chunk needs a state and a short stretch of tokens."""
     T, G = inputs.q_BTHD.shape[1], inputs.group_size
-    chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS_ACCELERATOR
+    chunk_tokens = CHUNK_TOKENS_CPU if target().platform == "cpu" else CHUNK_TOKENS_ACCELERATOR
     blocks = _cut(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
     chunks = -(-T // (blocks.count * G))
     queries, tokens = _pad(inputs, chunks * blocks.count * G)
@@ -182,6 +183,7 @@ def _context(inputs: Inputs, blocks: _Blocks) -> _Tokens:
         ints, never = jnp.zeros((B, length), jnp.int32), jnp.zeros((B, length), bool)
         return _Tokens(empty(inputs.k_BTKD), grouped_key, empty(inputs.v_BTKE), ints, ints, never, never)
     context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+    context = jax.tree.map(lambda x: _last(x, length), context)
     return _Tokens(
         context.key_BUKD,
         context.grouped_key_BUKP,
@@ -211,33 +213,17 @@ def _tails(x: Array, blocks: _Blocks, G: int) -> Array:
     return _windows(stretch, _Blocks(blocks.count, width - 1, 0, 0), G)[:, :, : blocks.tail]
 
 
-def _toeplitz(by_distance: Float[Array, "X H"], zero: int, rows: int, columns: int, offset: int, heads: int) -> Array:
-    """Matrix [1, 1, K, J, rows, columns] whose entry is row `zero + distance` of the table, 0 outside it.
-
-    The distance of row i from column j is i + offset - j. Row i is the stretch from rows - 1 - i of one line of
-    entries, so that repeating the line and cutting it one entry shorter makes all rows. A gather with an index a matrix
-    entry needs that index in the program: for 2048 rows 42 MB of program text instead of 0.05.
-    """
-    X, H = by_distance.shape
-    period = rows + columns
-    index = zero + offset + rows - 1 - np.arange(period)
-    inside = (index >= 0) & (index < X)
-    line = jnp.where(inside[None], by_distance[np.clip(index, 0, X - 1)].T, 0)
-    repeated = jnp.broadcast_to(line[:, None], (H, rows, period)).reshape(H, rows * period)
-    skewed = repeated[:, rows - 1 : rows * period - 1].reshape(H, rows, period - 1)
-    return skewed[..., :columns].reshape(1, 1, heads, -1, rows, columns)
-
-
 def _bands(inputs: Inputs, blocks: _Blocks) -> _Bands:
     G, R, K = inputs.group_size, inputs.local_groups, inputs.k_BTKD.shape[2]
     slots, back = (blocks.back + 1 + blocks.ahead) * G, blocks.back * G
+    by_head = lambda x: x.reshape(1, 1, K, -1, *x.shape[1:])  # noqa: E731
     bias = taps = tail_taps = None
     if inputs.bias_XH is not None and inputs.local != "none":
-        bias = _toeplitz(inputs.bias_XH, 0 if inputs.causal else R * G - 1, G, slots, back, K)
+        bias = by_head(toeplitz(inputs.bias_XH, 0 if inputs.causal else R * G - 1, G, slots, back))
     if inputs.conv_WH is not None:
-        taps = _toeplitz(inputs.conv_WH, 0, G, slots, back, K)
+        taps = by_head(toeplitz(inputs.conv_WH, 0, G, slots, back))
         if blocks.tail:
-            tail_taps = _toeplitz(inputs.conv_WH, 0, G, blocks.tail, back + blocks.tail, K)
+            tail_taps = by_head(toeplitz(inputs.conv_WH, 0, G, blocks.tail, back + blocks.tail))
     return _Bands(bias, taps, tail_taps)
 
 
