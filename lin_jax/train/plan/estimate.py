@@ -22,7 +22,8 @@ from lin_jax.train.plan.compiled import Traced
 class State:
     """Bytes of a run's state on one device, and in one copy of it.
 
-    `layer` is of one layer's parameters as they are computed with, whole; `outside` of those outside the layers.
+    `layer` is of one layer's parameters as they are computed with, cut along `mesh.tensor` alone; `outside` of those
+    outside the layers, whole.
     """
 
     trained: tuple[int, int]
@@ -43,7 +44,7 @@ def measure_state(traced: Traced) -> State:
     itemsize = np.dtype(config.model.dtype).itemsize
     abstract = traced.parts.structure.join(state.parameters, state.frozen)
     count = {top: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for top, tree in abstract.items()}
-    layers = count.pop("layers")
+    layers = count.pop("layers") // _tensor(traced)
     return State(
         trained=sizes(state.parameters),
         frozen=sizes(state.frozen),
@@ -51,6 +52,11 @@ def measure_state(traced: Traced) -> State:
         layer=itemsize * layers // config.model.depth,
         outside=itemsize * sum(count.values()),
     )
+
+
+def _tensor(traced: Traced) -> int:
+    """Parts into which heads and feed-forward layers are cut."""
+    return traced.parts.mesh.shape.get("tensor", 1)
 
 
 def sizes(tree: Any) -> tuple[int, int]:
@@ -89,7 +95,7 @@ def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
     config, tokens = traced.parts.config, microbatch_tokens(traced)
     itemsize, depth = np.dtype(config.model.dtype).itemsize, config.model.depth
     features = tokens * config.model.width * itemsize
-    products = tokens * _outputs(config) * itemsize
+    products = tokens * _outputs(config) // _tensor(traced) * itemsize
     kept = {"full": 0, "dots": products, "none": 3 * products}[config.model.remat]
     # Rows that are cut over devices meet their keys a chunk of queries at a time.
     at_once = tokens if traced.parts.partition.shards("tokens") == 1 else min(tokens, QUERIES)
@@ -129,7 +135,7 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
     gathered = 2 if traced.parts.mesh.shape.get("fsdp", 1) > 1 else 1
     parameters = passes * gathered * (depth * state.layer + state.outside)
     channels = _outputs(config) + sum(matrix.inputs for matrix in matrices(config.model))
-    products = (passes + reached) * depth * tokens * channels * itemsize
+    products = (passes + reached) * depth * tokens * channels // _tensor(traced) * itemsize
     scores = 0 if flash else depth * (passes + reached) * _scores(config, tokens) // 2
     logits = 3 * tokens * config.model.vocabulary_size * 4
     gradients = 2 * state.trained[0]
