@@ -14,6 +14,7 @@ from lin_jax.config import Config, FlashConfig
 from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.flops import matrices
 from lin_jax.ops.softmax_tpu import LANES
+from lin_jax.ops.whole_row import QUERIES
 from lin_jax.train.plan.compiled import Traced
 
 
@@ -21,7 +22,8 @@ from lin_jax.train.plan.compiled import Traced
 class State:
     """Bytes of a run's state on one device, and in one copy of it.
 
-    `layer` is of one layer's parameters as they are computed with, whole; `outside` of those outside the layers.
+    `layer` is of one layer's parameters as they are computed with, cut along `mesh.tensor` alone; `outside` of those
+    outside the layers, whole.
     """
 
     trained: tuple[int, int]
@@ -42,7 +44,7 @@ def measure_state(traced: Traced) -> State:
     itemsize = np.dtype(config.model.dtype).itemsize
     abstract = traced.parts.structure.join(state.parameters, state.frozen)
     count = {top: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for top, tree in abstract.items()}
-    layers = count.pop("layers")
+    layers = count.pop("layers") // _tensor(traced)
     return State(
         trained=sizes(state.parameters),
         frozen=sizes(state.frozen),
@@ -50,6 +52,11 @@ def measure_state(traced: Traced) -> State:
         layer=itemsize * layers // config.model.depth,
         outside=itemsize * sum(count.values()),
     )
+
+
+def _tensor(traced: Traced) -> int:
+    """Parts into which heads and feed-forward layers are cut."""
+    return traced.parts.mesh.shape.get("tensor", 1)
 
 
 def sizes(tree: Any) -> tuple[int, int]:
@@ -88,13 +95,15 @@ def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
     config, tokens = traced.parts.config, microbatch_tokens(traced)
     itemsize, depth = np.dtype(config.model.dtype).itemsize, config.model.depth
     features = tokens * config.model.width * itemsize
-    products = tokens * _outputs(config) * itemsize
+    products = tokens * _outputs(config) // _tensor(traced) * itemsize
     kept = {"full": 0, "dots": products, "none": 3 * products}[config.model.remat]
-    scores = 0 if flash else _scores(config, tokens)
+    # Rows that are cut over devices meet their keys a chunk of queries at a time.
+    at_once = tokens if traced.parts.partition.shards("tokens") == 1 else min(tokens, QUERIES)
+    scores = 0 if flash else _scores(config, at_once)
     state = measure_state(traced)
     logits = 3 * min(tokens, config.train.loss_chunk) * config.model.vocabulary_size * 4
     # A layer's outputs and their gradients; the parameters of two layers; embedding and head, whole, with gradients.
-    working = 3 * products + scores + 2 * state.layer + max(logits, 0) + 2 * state.outside
+    working = 3 * products + scores + 2 * state.layer + logits + 2 * state.outside
     gradients = state.trained[0] * (1 if config.train.microbatches == 1 else 2)
     if not config.finetune.trains_model:
         depth = 0
@@ -106,11 +115,11 @@ def _outputs(config: Config) -> int:
     return config.model.width + sum(matrix.outputs for matrix in matrices(config.model))
 
 
-def _scores(config: Config, tokens: int) -> int:
+def _scores(config: Config, queries: int) -> int:
     """Bytes of one layer's softmax scores and their gradient, float32; augmented attention has none of this size."""
     kinds = layer_kinds(config.model.attention, config.model.depth)
     heads = getattr(config.model, "heads", 1)
-    return 2 * 4 * tokens * config.data.sequence_length * heads if "softmax" in kinds else 0
+    return 2 * 4 * queries * config.data.sequence_length * heads if "softmax" in kinds else 0
 
 
 def hbm_traffic(traced: Traced, *, flash: bool) -> int:
@@ -126,7 +135,7 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
     gathered = 2 if traced.parts.mesh.shape.get("fsdp", 1) > 1 else 1
     parameters = passes * gathered * (depth * state.layer + state.outside)
     channels = _outputs(config) + sum(matrix.inputs for matrix in matrices(config.model))
-    products = (passes + reached) * depth * tokens * channels * itemsize
+    products = (passes + reached) * depth * tokens * channels // _tensor(traced) * itemsize
     scores = 0 if flash else depth * (passes + reached) * _scores(config, tokens) // 2
     logits = 3 * tokens * config.model.vocabulary_size * 4
     gradients = 2 * state.trained[0]
@@ -135,9 +144,12 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
 
 
 def softmax_is_tiled(config: Config, platform: str) -> bool:
-    """Whether softmax attention is computed a tile of its scores at a time; FLASH's whole-row kinds are not."""
+    """Whether softmax attention is computed a tile of its scores at a time.
+
+    FLASH's whole-row kinds are not, nor rows that are cut over devices.
+    """
     model = config.model
-    if isinstance(model, FlashConfig):
+    if isinstance(model, FlashConfig) or config.mesh.sequence != 1:
         return False
     if platform == "tpu":
         return model.head_size % LANES == 0 and config.data.sequence_length % LANES == 0
