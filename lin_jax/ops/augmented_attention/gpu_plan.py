@@ -227,7 +227,8 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
 def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
-    rows = min(sizes.rows, padded(T))
+    wide = D > NARROW  # Twice the channels in half the rows.
+    rows = min(sizes.rows // 2 if wide else sizes.rows, padded(T))
     return Plan(
         form=form_of(inputs),
         tuning=dataclasses.replace(sizes, rows=rows),
