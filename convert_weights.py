@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", required=True, metavar="MODEL", help="the model that is read")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the directory that is made")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory that is made")
     parser.add_argument("--attention", choices=ABLATIONS, help="the result's attention (default: the source's)")
     parser.add_argument("--to", choices=("lin_jax", "hf"), default="lin_jax", help="whose form the result has")
     parser.add_argument(

@@ -6,7 +6,7 @@ Prompts come in one of three ways:
   --prompt_file IN.jsonl --output OUT.jsonl
                       Each line {"prompt": TEXT, ...} gives a line {..., "line": 1, "sample": 0, "completion": TEXT,
                       "tokens": 57} for each sample, in the order of the input. A job that was interrupted has kept what
-                      was done; the same command with --resume goes on.
+                      was done, and in OUT.jsonl.settings how; the same command with --resume goes on.
   --chat              A conversation. Ctrl-C stops an answer, Ctrl-D ends.
 
 For example, three samples of each prompt, each a paragraph, with guesses from the text itself to be faster:
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from lin_jax.config import ConfigError
-from lin_jax.convert.load import load, tokenizer_files
+from lin_jax.convert.load import load, tokenizer_files_of
 from lin_jax.decode.arguments import config_of, make_parser
 from lin_jax.decode.chat import ChatTemplate, talk
 from lin_jax.decode.jsonl import make_job
@@ -33,8 +33,9 @@ from lin_jax.decode.text import TextGenerator
 def run(given: argparse.Namespace) -> None:
     """Do what is asked for; what can be checked without the model is checked before it is read."""
     config = config_of(given)
-    job = make_job(given.prompt_file, given.output, resume=given.resume, overwrite=given.overwrite)
-    template = ChatTemplate(tokenizer_files(given.checkpoint)) if given.chat else None
+    files = given.prompt_file, given.output
+    job = make_job(*files, given.checkpoint, resume=given.resume, overwrite=given.overwrite)
+    template = ChatTemplate(tokenizer_files_of(given.checkpoint)) if given.chat else None
     generator = TextGenerator(*load(given.checkpoint, dtype=given.dtype), config)
     if job is not None:
         job.run(generator)

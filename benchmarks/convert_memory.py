@@ -21,7 +21,8 @@ from lin_jax.config import AttentionConfig, LlamaConfig
 from lin_jax.convert import checkpoint_files, llama
 from lin_jax.convert.checkpoint_files import write_tensors
 from lin_jax.convert.hugging_face import shapes_of
-from lin_jax.convert.names import Tensor, tensors_of
+from lin_jax.convert.names import tensors_of
+from lin_jax.convert.tensors import Tensor
 
 MIB = 1 << 20
 # What a conversion imports, and nothing else.

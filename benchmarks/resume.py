@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train.saved_model import load_model
 
 ROOT = Path(__file__).parent.parent
 BATCH = 8

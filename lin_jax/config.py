@@ -15,6 +15,11 @@ class ConfigError(ValueError):
     """A setting or an input that the user has to change; its message is one line that names it and says how."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, for messages that hold it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def setting(default: Any, doc: str) -> Any:
     """A dataclass field with its documentation, which `--help` prints."""
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -547,6 +552,32 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of a run. On TPU pods, under SLURM and under Open MPI nothing is to be set."""
+
+    coordinator: str | None = setting(
+        None, "HOST:PORT at which all processes reach process 0; else $JAX_COORDINATOR_ADDRESS"
+    )
+    processes: int | None = setting(None, "number of processes, on all hosts together; else $JAX_NUM_PROCESSES")
+    process: int | None = setting(None, "which one this is, counted from 0; else $JAX_PROCESS_ID")
+    timeout: int = setting(300, "seconds in which all processes must have started")
+
+    def __post_init__(self):
+        coordinator, processes, process = self.coordinator, self.processes, self.process
+        require(
+            coordinator is None or re.fullmatch(r".+:[1-9]\d{0,4}", coordinator) is not None,
+            f"coordinator must look like HOST:PORT, but is {coordinator}",
+        )
+        require(processes is None or processes > 0, f"processes must be greater than 0, but is {processes}")
+        require(
+            process is None or 0 <= process < (processes or process + 1),
+            f"process must lie between 0 and processes - 1, but is {process}"
+            + (f" of {processes}" if processes else ""),
+        )
+        _require_positive(self, "timeout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is chosen from the model's logits; applied in the order of the fields."""
 
@@ -610,11 +641,17 @@ class GenerateConfig:
         )
 
 
+# A chip and how many, or for TPUs their topology; nothing where nothing is planned.
+_PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2})?"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """An experiment: everything that `train.py` needs to know."""
 
-    workdir: str = setting("runs/experiment", "directory of checkpoints, metrics, pictures; a rerun resumes from it")
+    workdir: str = setting(
+        "runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it"
+    )
     model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
@@ -622,15 +659,20 @@ class Config:
     finetune: FinetuneConfig = section(FinetuneConfig, "a model to start from, and what of it is trained")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     mesh: MeshConfig = section(MeshConfig, "devices")
+    distributed: DistributedConfig = section(DistributedConfig, "the processes of a run on several hosts")
     profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
     show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
     plan: str = setting(
-        "", "cpu:N: compile the training step for N virtual devices without any parameters, print its memory, and stop"
+        "",
+        "devices, which need not be there, to compile the training step for without any parameters; prints memory, "
+        "exchanges and best possible times, and stops: v4, v5e, v5p, v6e with a topology (v5e:8x8, v5p:4x4x4; two "
+        "slices: 2*v5e:8x8), a100, a100-40g, h100, h200 with a number (h100:8), or cpu:8",
     )
 
     def __post_init__(self):
         require(
-            re.fullmatch(r"(cpu:[1-9]\d*)?", self.plan) is not None, f"plan must look like cpu:8, but is {self.plan}"
+            re.fullmatch(_PLAN, self.plan) is not None,
+            f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
         )
         require(
             self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",

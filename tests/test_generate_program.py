@@ -13,7 +13,15 @@ from flax import nnx
 
 import generate as program
 import lin_jax
-from lin_jax.config import AttentionConfig, Config, GenerateConfig, LlamaConfig, MedusaConfig, SamplingConfig
+from lin_jax.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    GenerateConfig,
+    LlamaConfig,
+    MedusaConfig,
+    SamplingConfig,
+)
 from lin_jax.convert.medusa import write_heads
 from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer
 from lin_jax.decode.chat import Chat, ChatTemplate
@@ -24,7 +32,8 @@ from lin_jax.decode.stream import settled, stream_texts
 from lin_jax.decode.text import Continuation, TextGenerator, make_config
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
-from lin_jax.train.checkpoint import save_model, tokenizer_directory
+from lin_jax.train.saved_model import save_model
+from lin_jax.train.workdir import tokenizer_directory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -153,6 +162,11 @@ def test_a_resumed_job_gives_the_file_of_an_undisturbed_one(loaded, tmp_path):
     kept = cut.read_text().splitlines()
     assert len(kept) == 6 and set(kept) < set(whole.read_text().splitlines())
     assert told[-1] == f"interrupted: {cut} has 3 of 7 lines; --resume goes on"
+    # Other settings would mix; those that change no text may change.
+    other = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, temperature=0.5))
+    with pytest.raises(ConfigError, match="was begun with temperature=1.0: give the same, or --overwrite"):
+        Job(tmp_path / "in.jsonl", cut, resume=True).run(TextGenerator(*loaded, other))
+    config = dataclasses.replace(config, batch_size=2, draft="lookup")
     # One sample of a line alone, and a line that was cut off.
     cut.write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20])
     Job(tmp_path / "in.jsonl", cut, resume=True).run(TextGenerator(*loaded, config), told.append)
@@ -161,6 +175,18 @@ def test_a_resumed_job_gives_the_file_of_an_undisturbed_one(loaded, tmp_path):
     # Nothing is left to do, so no batch is asked for.
     Job(tmp_path / "in.jsonl", cut, resume=True).run(Interrupted(*loaded, config), told.append)
     assert cut.read_bytes() == whole.read_bytes() and told[-1] == f"14 completions in {cut}"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole.jsonl", "cut.jsonl"}
+
+
+def test_a_stop_string_may_begin_where_the_text_does(loaded):
+    """Alone, the first token's space is not written: the text must be looked at behind its prompt."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "▁": 1, "a": 2, "x": 3}, []))
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer = LibraryTokenizer(backend, end_id=0, begin_id=None)
+    generator = TextGenerator(loaded[0], tokenizer, make_config({"stop": (" x",)}))
+    before, tokens = np.array([1, 2], np.int32), np.array([1, 3], np.int32)
+    assert tokenizer.decode(tokens) == "x" and tokenizer.decode(np.concatenate([before, tokens])) == "a x"
+    assert generator._holds_stop(before, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +341,10 @@ def test_dtype_is_that_of_parameters_and_activations(models):
     model, _ = lin_jax.load(models / "augmented", dtype="bfloat16")
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))}
     assert kinds == {"bfloat16"} and model.config.dtype == "bfloat16"
+
+
+def test_a_checkpoint_of_a_run_can_be_named(models, loaded):
+    [step] = (models / "augmented" / "checkpoints").iterdir()
+    model, tokenizer = lin_jax.load(step)
+    assert tokenizer.decode(np.array([104, 105], np.int32)) == "hi"
+    np.testing.assert_array_equal(model.embedding[...], loaded[0].embedding[...])

@@ -14,7 +14,7 @@ import pytest
 
 import eval as eval_program
 import train as train_program
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train.saved_model import load_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

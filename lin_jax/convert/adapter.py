@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lin_jax.config import ConfigError, require
-from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
+from lin_jax.convert.checkpoint_files import CheckpointFiles
+from lin_jax.convert.tensors import Index, Tensors
 
 _SETTINGS = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -67,11 +68,21 @@ class Adapted(Tensors):
             tensors, old = self._whole[name]
             return tensors[old]
         array = self._base[name]
-        return array if name not in self._updates else self._merge(array, self._updates[name])
+        everything = (slice(None), slice(None))
+        return array if name not in self._updates else self._merge(array, self._updates[name], everything)
 
-    def _merge(self, array: np.ndarray, update: _Update) -> np.ndarray:
+    def part(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, with that part of its update."""
+        if name in self._whole:
+            tensors, old = self._whole[name]
+            return tensors.part(old, index)
+        array = self._base.part(name, index)
+        return array if name not in self._updates else self._merge(array, self._updates[name], index)
+
+    def _merge(self, array: np.ndarray, update: _Update, index: Index) -> np.ndarray:
         a, b = (self._factors[name].astype(np.float32) for name in (update.a, update.b))
-        change = b @ a
+        rows, columns = index[::-1] if update.transposed else index
+        change = b[rows] @ a[:, columns]
         change *= update.scale
         change = change.T if update.transposed else change
         return (array + change).astype(array.dtype)

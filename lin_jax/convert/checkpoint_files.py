@@ -1,6 +1,5 @@
 """Files of tensors in a directory: safetensors, one or several; PyTorch's .bin where torch is installed."""
 
-import abc
 import json
 import pickle
 import re
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lin_jax.config import ConfigError, require
-from lin_jax.convert.names import Tensor
+from lin_jax.convert.tensors import Index, Tensor, Tensors
 
 # Bytes after which a file of tensors is closed and the next one begun.
 SHARD_BYTES = 4 << 30
@@ -27,41 +26,6 @@ _PYTORCH = (".bin", ".pt", ".pth")
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = tuple(_TYPES.values())
 _SHORT = {name: short for short, name in _TYPES.items()}
-
-
-class Tensors(Mapping[str, np.ndarray], abc.ABC):
-    """Arrays by name, each made when it is asked for and not kept.
-
-    Attributes:
-        shapes: the shape of every array.
-        types: the name of its type, as `numpy.dtype` takes it where it is one of a model's parameters.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    types: dict[str, str]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class Renamed(Tensors):
-    """Tensors under other names.
-
-    Args:
-        tensors: under theirs.
-        names: new name -> theirs.
-    """
-
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
-        self._tensors, self._names = tensors, names
-        self.shapes = {name: tensors.shapes[old] for name, old in names.items()}
-        self.types = {name: tensors.types[old] for name, old in names.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[self._names[name]]
 
 
 class CheckpointFiles(Tensors):
@@ -91,6 +55,14 @@ class CheckpointFiles(Tensors):
             return _from_torch(self._load_torch(file)[name])
         with _open(file) as tensors:
             return tensors.get_tensor(name)
+
+    def part(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, of which no more than that is read."""
+        file = self._files[name]
+        if file.suffix in _PYTORCH:
+            return _from_torch(self._load_torch(file)[name][index])
+        with _open(file) as tensors:
+            return tensors.get_slice(name)[index]
 
     def _describe(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Names, shapes and types of what a file holds of the names that are looked for in it."""
@@ -222,4 +194,5 @@ def _write_shard(file: Path, shard: Sequence[Tensor]) -> None:
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in shard:
-            out.write(np.ascontiguousarray(tensor.make(), dtype=tensor.dtype).reshape(-1).view(np.uint8).data)
+            for chunk in tensor.chunks():
+                out.write(np.ascontiguousarray(chunk, dtype=tensor.dtype).reshape(-1).view(np.uint8).data)

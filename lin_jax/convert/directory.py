@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from lin_jax.config import ConfigError, require
 from lin_jax.convert.hub import TOKENIZER_FILES
@@ -16,7 +17,8 @@ from lin_jax.convert.hugging_face import Weights, write_hugging_face
 from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, save_model, tokenizer_directory
+from lin_jax.train.saved_model import save_model
+from lin_jax.train.workdir import KEPT_TOKENIZER, tokenizer_directory
 
 
 @contextlib.contextmanager
@@ -40,8 +42,9 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(directory: epath.PathLike, overwrite: bool) -> None:
     """Raise `ConfigError` where `replacing` would."""
+    target = epath.Path(directory)
     require(not target.exists() or target.is_dir(), f"{target} exists and is not a directory")
     if not target.exists() or not any(target.iterdir()):
         return
@@ -50,10 +53,10 @@ def check_target(target: Path, overwrite: bool) -> None:
     require(ours, f"{target} holds no model, so --overwrite does not remove it: choose another --output")
 
 
-def write_run(directory: Path, source: Source, weights: Weights, target: Path) -> None:
-    """Write a run of lin_jax to `directory`, which will be renamed to `target`."""
+def write_run(directory: Path, source: Source, weights: Weights, target: str) -> None:
+    """Write a run of lin_jax to `directory`, which will become `target`."""
     _check_space(directory, weights, None)
-    config = dataclasses.replace(source.config, model=weights.config, workdir=str(target))
+    config = dataclasses.replace(source.config, model=weights.config, workdir=target)
     try:
         save_model(str(directory), weights.nested(), config, source.tokenizer)
     except Exception as error:  # of the checkpoint library, which tells a full disk in several ways

@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, Kind, Local
-from lin_jax.convert.checkpoint_files import Renamed, Tensors
 from lin_jax.convert.names import Entry, centred_filter, load, scalar, to_theirs, transposed
+from lin_jax.convert.tensors import Renamed, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash
 

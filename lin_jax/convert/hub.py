@@ -6,6 +6,8 @@ from pathlib import Path
 import huggingface_hub
 
 from lin_jax.config import ConfigError, require
+from lin_jax.convert.remote import fetched
+from lin_jax.paths import is_remote
 
 # Of a directory of Hugging Face, kept in ours so that they can go back as they came.
 TOKENIZER_FILES = (
@@ -26,11 +28,13 @@ _PATIENCE = 5.0
 
 
 def local_path(source: str) -> Path:
-    """`source` where it is a file or directory; else the directory into which that model of the Hub is downloaded.
+    """`source` where it is a file or directory; else a copy of the remote one, or of that model of the Hub.
 
     Raises:
         ConfigError: it is neither, or the model cannot be had.
     """
+    if is_remote(source):
+        return fetched(source)
     path = Path(source).expanduser().absolute()
     if path.exists():
         return path

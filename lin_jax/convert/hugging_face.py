@@ -17,8 +17,9 @@ from jaxtyping import Array
 from lin_jax.config import ConfigError, Gpt2Config, LlamaConfig, ModelConfig, require
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.adapter import Adapted
-from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, Renamed, Tensors, write_tensors
-from lin_jax.convert.names import Entry, Tensor, names_of, read, tensors_of, unused_names
+from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tensors
+from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
+from lin_jax.convert.tensors import Renamed, Tensor, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
 from lin_jax.train.sharding import default_partition

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lin_jax.config import AttentionConfig, ConfigError, LlamaConfig, require
-from lin_jax.convert.checkpoint_files import Tensors
 from lin_jax.convert.hugging_face_config import softmax_attention
+from lin_jax.convert.tensors import Tensors
 
 _MARK, _HEADER = 0x616B3432, 256
 _LAYER = "model.layers.{}."

@@ -10,12 +10,14 @@ from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, tokenizer_directory
 from lin_jax.train.sharding import make_mesh
+from lin_jax.train.workdir import is_run, tokenizer_files
 
 
 def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] | None = None) -> tuple[Any, Tokenizer]:
-    """The model and the tokenizer of a run of lin_jax, a Hugging Face directory, or a name on the Hugging Face Hub.
+    """The model and the tokenizer of a run, a Hugging Face directory, or a name on the Hugging Face Hub.
+
+    Of a run (`RUN`, or `RUN/checkpoints/STEP`) the newest checkpoint is taken, or that of the step.
 
     Adapters are merged. Medusa heads, of the run or beside the model (medusa_lm_head.safetensors or .pt), become
     `model.medusa`.
@@ -37,14 +39,11 @@ def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] 
     return model, source.tokenizer
 
 
-def tokenizer_files(path: str | os.PathLike[str]) -> Path:
+def tokenizer_files_of(path: str | os.PathLike[str]) -> Path:
     """The directory with the tokenizer of what `load` reads, in Hugging Face's form where it came in that.
 
     Raises:
         ConfigError: there is nothing at `path`.
     """
     directory = local_path(os.path.expanduser(path))
-    if not checkpoints_directory(str(directory)).exists():
-        return directory
-    kept = Path(tokenizer_directory(str(directory)))
-    return kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept
+    return Path(tokenizer_files(str(directory))) if is_run(str(directory)) else directory

@@ -14,11 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lin_jax.config import ConfigError, require
+from lin_jax.convert.tensors import Held, Index, Tensor, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 
 
-def _same(x: np.ndarray) -> np.ndarray:
+def _same(x: Any) -> Any:
     return x
+
+
+def _reversed(index: Index) -> Index:
+    return index[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +35,20 @@ class Entry:
         ours: path of our parameter, joined by dots; one with `{layer}` in `theirs` is stacked over layers.
         to_ours: their array to ours, for one layer.
         to_theirs: the inverse.
+        cut: which part of their array holds a part of ours for one layer, and the other way round; None where only
+            the whole does.
     """
 
     theirs: str
     ours: str
     to_ours: Callable[[np.ndarray], np.ndarray] = _same
     to_theirs: Callable[[np.ndarray], np.ndarray] = _same
+    cut: Callable[[Index], Index] | None = _same
 
 
 def transposed(theirs: str, ours: str) -> Entry:
     """A PyTorch linear weight [outputs, inputs], ours [inputs, outputs]."""
-    return Entry(theirs, ours, np.transpose, np.transpose)
+    return Entry(theirs, ours, np.transpose, np.transpose, _reversed)
 
 
 def centred_filter(theirs: str, ours: str, taps: int) -> Entry:
@@ -53,27 +61,12 @@ def centred_filter(theirs: str, ours: str, taps: int) -> Entry:
     def to_theirs(ours: np.ndarray) -> np.ndarray:
         return np.pad(ours[::-1], ((0, kernel - taps), (0, 0))).T[:, None, :, None]
 
-    return Entry(theirs, ours, lambda x: x.reshape(-1, kernel)[:, :taps][:, ::-1].T, to_theirs)
+    return Entry(theirs, ours, lambda x: x.reshape(-1, kernel)[:, :taps][:, ::-1].T, to_theirs, None)
 
 
 def scalar(theirs: str, ours: str) -> Entry:
     """Their one number, of shape [1], ours of shape []."""
-    return Entry(theirs, ours, lambda x: x.reshape(()), lambda x: x.reshape(1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """An array under the other code's name that is made when it is needed."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes in a file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    return Entry(theirs, ours, lambda x: x.reshape(()), lambda x: x.reshape(1), None)
 
 
 def to_theirs(table: list[Entry], ours: Mapping[str, Array], depth: int) -> dict[str, np.ndarray]:
@@ -88,12 +81,26 @@ def tensors_of(table: list[Entry], ours: Mapping[str, Array], depth: int) -> Ite
         nothing = np.broadcast_to(np.zeros((), array.dtype), array.shape[1:] if stacked else array.shape)
         shape = entry.to_theirs(nothing).shape
         for layer, name in enumerate(names_of(entry, depth)):
-            make = functools.partial(_their_array, entry, array, layer if stacked else None)
-            yield Tensor(name, shape, np.dtype(array.dtype), make)
+            which = entry, array, layer if stacked else None
+            rows = functools.partial(_their_rows, *which) if entry.cut is not None and len(shape) == 2 else None
+            yield Tensor(name, shape, np.dtype(array.dtype), functools.partial(_their_array, *which), rows)
 
 
 def _their_array(entry: Entry, array: Array, layer: int | None) -> np.ndarray:
     return entry.to_theirs(np.asarray(array if layer is None else array[layer]))
+
+
+def _their_rows(entry: Entry, array: Array, layer: int | None, start: int, stop: int) -> np.ndarray:
+    """Some rows of their array, the only ones that are brought to the host."""
+    assert entry.cut is not None
+    index = entry.cut((slice(start, stop), slice(None)))
+    ranges = [range(*part.indices(size)) for part, size in zip(index, array.shape[-2:], strict=True)]
+    begins, sizes = [part.start for part in ranges], [len(part) for part in ranges]
+    if layer is not None:
+        begins, sizes = [layer, *begins], [1, *sizes]
+    # One program for all rows and layers, which static slices would not be.
+    found = np.asarray(jax.lax.dynamic_slice(array, begins, sizes))
+    return entry.to_theirs(found if layer is None else found[0])
 
 
 def load(
@@ -143,7 +150,8 @@ def read(
     size = {entry.ours: math.prod(ours[entry.ours].shape) // len(names_of(entry, depth)) for entry in table}
     # Large tensors first, while there is little else in memory.
     ordered = sorted(table, key=lambda entry: -size[entry.ours])
-    return {entry.ours: _to_ours(entry, theirs, depth, ours[entry.ours]) for entry in ordered}
+    tensors = theirs if isinstance(theirs, Tensors) else Held(theirs)
+    return {entry.ours: _to_ours(entry, tensors, depth, ours[entry.ours]) for entry in ordered}
 
 
 def unused_names(table: list[Entry], theirs: Collection[str], depth: int) -> list[str]:
@@ -164,17 +172,36 @@ def _check_names(
     require(not unset, f"no entry of the table sets {', '.join(unset)}")
 
 
-def _to_ours(entry: Entry, theirs: Mapping[str, np.ndarray], depth: int, like: Any) -> Array:
+def _to_ours(entry: Entry, theirs: Tensors, depth: int, like: Any) -> Array:
     """Our array of one entry, where it is to lie; stacked layers are written into their place one after another."""
     where = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
+    names = names_of(entry, depth)
     if "{layer}" not in entry.theirs:
-        return jax.device_put(_fitting(entry, entry.theirs, theirs, like.shape).astype(like.dtype, copy=False), where)
+        return _one_to_ours(entry, names[0], theirs, like, where)
+    one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
     stack = jnp.zeros(like.shape, like.dtype, device=where)
     of_layer = None if where is None else NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
-    for layer, name in enumerate(names_of(entry, depth)):
-        array = _fitting(entry, name, theirs, like.shape[1:]).astype(like.dtype, copy=False)
-        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(array, of_layer), layer, where))
+    for layer, name in enumerate(names):
+        array = _one_to_ours(entry, name, theirs, one, of_layer)
+        stack = jax.block_until_ready(_set_layer(stack, array, layer, where))
     return stack
+
+
+def _one_to_ours(entry: Entry, name: str, theirs: Tensors, like: Any, where: Any) -> Array:
+    """Our array of their array `name`, of which each device's part is read apart from the others."""
+    _require_fits(entry, name, theirs.shapes[name], like.shape)
+
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
+        if entry.cut is None:
+            found = entry.to_ours(theirs[name])[index]
+        else:
+            found = entry.to_ours(theirs.part(name, entry.cut(index)))
+        return np.asarray(found).astype(like.dtype, copy=False)
+
+    if where is None:
+        return jax.device_put(part((slice(None),) * len(like.shape)))
+    return jax.make_array_from_callback(like.shape, where, part)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -183,16 +210,14 @@ def _set_layer(stack: Array, array: Array, layer: Array, where: NamedSharding | 
     return stack if where is None else jax.lax.with_sharding_constraint(stack, where)
 
 
-def _fitting(entry: Entry, name: str, theirs: Mapping[str, np.ndarray], expected: tuple[int, ...]) -> np.ndarray:
-    """Their array `name` as ours; raises `ConfigError` unless it has the expected shape."""
-    found = np.asarray(theirs[name])
-    problem = f"{name} has shape {found.shape}, which does not fit {entry.ours}{expected}"
+def _require_fits(entry: Entry, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless their array becomes ours of the expected shape."""
+    problem = f"{name} has shape {found}, which does not fit {entry.ours}{expected}"
     try:
-        array = entry.to_ours(found)
+        shape = entry.to_ours(np.broadcast_to(np.zeros((), np.int8), found)).shape
     except ValueError:  # a reshape that cannot be
         raise ConfigError(problem) from None
-    require(array.shape == expected, problem)
-    return array
+    require(shape == expected, problem)
 
 
 def names_of(entry: Entry, depth: int) -> list[str]:

@@ -1,9 +1,13 @@
 """What `convert_weights.py` does: read, change the attention, write, compare."""
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from lin_jax.config import MeshConfig, require
 from lin_jax.convert.attention import Changed, change_attention, target_config
@@ -12,6 +16,7 @@ from lin_jax.convert.directory import check_target, replacing, write_run, write_
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target, Weights, family_of
 from lin_jax.convert.source import Input, read_source, tokens_in
+from lin_jax.paths import absolute, check_remote, copy_directory, is_remote
 from lin_jax.train.sharding import make_mesh
 
 Report = Callable[[str], None]
@@ -19,7 +24,7 @@ Report = Callable[[str], None]
 
 def convert(
     source_name: str,
-    target: Path,
+    target: epath.PathLike,
     *,
     attention: str | None = None,
     overrides: list[str] | None = None,
@@ -51,20 +56,38 @@ def convert(
     Raises:
         ConfigError: the source or a setting is wrong; nothing is written then.
     """
-    target = target.absolute()
-    _require_apart(Path(source_name).absolute(), target)
-    check_target(target, overwrite)
+    name = absolute(str(target))
+    _require_apart(absolute(source_name), name)
+    check_remote(name, "--output")
+    check_target(name, overwrite)
     if to == "lin_jax":
         require(dtype != "float16", "--dtype float16 is for --to hf: parameters of lin_jax are float32 or bfloat16")
     given = Input(source_name, tokenizer, adapter, tuple(overrides or ()))
-    changed = _convert(given, target, Target(_mesh(), dtype, float16=to == "hf"), attention, to, overwrite)
-    _report_names(changed, target, report)
-    del changed
-    if check:
-        _check(given, target, report)
+    with _becoming(name) as directory:
+        changed = _convert(given, directory, name, Target(_mesh(), dtype, float16=to == "hf"), attention, to, overwrite)
+        _report_names(changed, name, report)
+        del changed
+        if check:
+            _check(given, directory, report)
 
 
-def _convert(given: Input, target: Path, place: Target, attention: str | None, to: str, overwrite: bool) -> Changed:
+@contextlib.contextmanager
+def _becoming(name: str) -> Iterator[Path]:
+    """The directory of that name; where it is remote, one here that is copied there at the end."""
+    if not is_remote(name):
+        yield Path(name)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / epath.Path(name).name
+        yield directory
+        if epath.Path(name).exists():
+            epath.Path(name).rmtree()
+        copy_directory(directory, name)
+
+
+def _convert(
+    given: Input, target: Path, name: str, place: Target, attention: str | None, to: str, overwrite: bool
+) -> Changed:
     source = read_source(given, place)
     if to == "hf":
         family_of(source.weights.config)
@@ -74,12 +97,12 @@ def _convert(given: Input, target: Path, place: Target, attention: str | None, t
         if to == "hf":
             write_transformers(directory, source, changed.weights, place.dtype)
         else:
-            write_run(directory, source, changed.weights, target)
+            write_run(directory, source, changed.weights, name)
     return changed
 
 
-def _require_apart(source: Path, target: Path) -> None:
-    inside = source == target or target in source.parents
+def _require_apart(source: str, target: str) -> None:
+    inside = source == target or source.startswith(f"{target.rstrip('/')}/")
     require(not inside, f"--output {target} is or holds --input {source}: choose another")
 
 
@@ -88,7 +111,7 @@ def _mesh() -> Any:
     return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
-def _report_names(changed: Changed, target: Path, report: Report) -> None:
+def _report_names(changed: Changed, target: str, report: Report) -> None:
     weights, config = changed.weights, changed.weights.config
     count = sum(array.size for array in weights.arrays.values())
     types = ", ".join(sorted({str(array.dtype) for array in weights.arrays.values()}))

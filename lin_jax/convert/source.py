@@ -5,17 +5,19 @@ from pathlib import Path
 
 from lin_jax.config import Config, DataConfig, FinetuneConfig, FlashConfig, ModelConfig, require
 from lin_jax.convert import flash, llama
-from lin_jax.convert.checkpoint_files import CheckpointFiles, Tensors
+from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, read_tensors
 from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
 from lin_jax.convert.medusa import find_heads, read_heads
+from lin_jax.convert.tensors import Tensors
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import KEPT_TOKENIZER, checkpoints_directory, load_model, tokenizer_directory
+from lin_jax.train.saved_model import load_model
+from lin_jax.train.workdir import is_run, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ def read_source(given: Input, target: Target) -> Source:
         ConfigError: it is of none, or its parts do not agree.
     """
     path = local_path(given.name)
-    if path.is_dir() and checkpoints_directory(str(path)).exists():
+    if is_run(str(path)):
         require(
             given.adapter is None, "--adapter is for models in Hugging Face's form, but --input is a run of lin_jax"
         )
@@ -86,8 +88,7 @@ def _read_run(path: Path, given: Input, target: Target) -> Source:
     for name, array in arrays.items():
         arrays[name] = array.astype(target.type_of(array.dtype.name))
     weights = Weights(config.model, arrays)
-    kept = Path(tokenizer_directory(str(path)))
-    files = kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept
+    files = Path(tokenizer_files(str(path)))
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))

@@ -1,6 +1,6 @@
 """What can be wrong with the data, found before anything is compiled or written."""
 
-from lin_jax.config import DataConfig, require
+from lin_jax.config import ConfigError, DataConfig, require
 from lin_jax.data.pipeline import token_pairs
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
@@ -16,8 +16,11 @@ def check_vocabulary(config: DataConfig, model_vocabulary_size: int) -> None:
         _check_fits(config.tokenizer_vocabulary, model_vocabulary_size, "data.tokenizer_vocabulary")
 
 
-def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokenizer) -> None:
+def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokenizer) -> str:
     """Check that there is text for training and validation, and that the model knows all of its tokens.
+
+    Returns:
+        The fingerprint of the training text, see `lin_jax.data.sources.Source`.
 
     Raises:
         ConfigError: something is missing or wrong; the message says what, and how to mend it.
@@ -33,11 +36,10 @@ def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokeni
     for index in range(len(train)):
         tokens += len(token_pairs(train, tokenizer, index))
         if tokens >= config.sequence_length:
-            return
-    require(
-        False,
+            return train.fingerprint
+    raise ConfigError(
         f"the training text has {tokens} tokens, fewer than one row of data.sequence_length={config.sequence_length}; "
-        "give more text or shorter rows",
+        "give more text or shorter rows"
     )
 
 

@@ -1,8 +1,8 @@
 """Text files: which ones a pattern means, what their suffixes say, and a seekable copy of compressed ones.
 
 Training reads documents in a random order, and a .gz or .zst stream can only be read from its start. So a compressed
-file is uncompressed once into `data.cache_directory`, under a name made from its path, size and time of change; the
-next run finds it there.
+file is uncompressed once into `data.cache_directory`, and a remote one copied there, under a name made from its path,
+size and time of change; the next run finds it there.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import os
+import shutil
 import sysconfig
 import tempfile
 import zlib
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
+from etils import epath
 
 from lin_jax.config import ConfigError, require
+from lin_jax.paths import check_remote, is_remote
 
 PLAIN_SUFFIXES = ("", ".txt", ".text", ".tokens", ".raw", ".md", ".py")
 LINES_SUFFIX = ".jsonl"
@@ -58,7 +61,20 @@ def stdlib_files() -> list[TextFile]:
     return [TextFile(str(path), str(path), is_lines=False) for path in sorted(modules) if path.is_file()]
 
 
+def _remote_matches(pattern: str, setting: str) -> list[str]:
+    check_remote(pattern, setting)
+    magic: list[str] = []
+    directory = epath.Path(pattern)
+    while glob.has_magic(str(directory)):
+        directory, magic = directory.parent, [directory.name, *magic]
+    found = [path for path in (directory.glob("/".join(magic)) if magic else [directory]) if path.is_file()]
+    require(bool(found), f"{setting}: {pattern} matches no file; give text files with --config.{setting}=FILE_OR_GLOB")
+    return sorted(map(str, found))
+
+
 def _matches(pattern: str, setting: str) -> list[str]:
+    if is_remote(pattern):
+        return _remote_matches(pattern, setting)
     path = os.path.expanduser(pattern)
     require(not os.path.isdir(path), f"{setting}: {pattern} is a directory; give its files, such as {pattern}/*.txt")
     found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
@@ -82,25 +98,30 @@ def _is_lines(name: str) -> bool:
 
 
 def seekable(name: str, cache_directory: str) -> str:
-    """Path of the uncompressed bytes of a file, which are written to `cache_directory` if it is compressed.
+    """Path of the uncompressed bytes of a file, which are written to `cache_directory` if it is compressed or remote.
 
     Raises:
         ConfigError: the compressed file is damaged, or the cache directory can't be written.
     """
     suffix = os.path.splitext(name.lower())[1]
-    if suffix not in COMPRESSED_SUFFIXES:
+    if suffix not in COMPRESSED_SUFFIXES and not is_remote(name):
         return name
     copy = cache_path(name, cache_directory, "text", ".text")
     if not copy.exists():
-        uncompress = _gunzip if suffix == ".gz" else _unzstd
+        uncompress = {".gz": _gunzip, ".zst": _unzstd}.get(suffix, shutil.copyfileobj)
         write_atomically(copy, lambda target: _uncompress(name, uncompress, target))
     return str(copy)
 
 
 def cache_path(name: str, cache_directory: str, purpose: str, suffix: str) -> Path:
     """Where something made from a file is kept: another name as soon as the file changes."""
-    status = os.stat(name)
-    identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, purpose)
+    require(not is_remote(cache_directory), f"data.cache_directory must be local, but is {cache_directory}")
+    if is_remote(name):
+        remote = epath.Path(name).stat()
+        identity = (name, remote.length, remote.mtime, purpose)
+    else:
+        status = os.stat(name)
+        identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, purpose)
     return Path(cache_directory).expanduser() / (hashlib.sha256(repr(identity).encode()).hexdigest()[:32] + suffix)
 
 
@@ -132,7 +153,7 @@ def _temporary(directory: Path) -> Iterator[BinaryIO]:
 
 def _uncompress(name: str, uncompress: Callable[[BinaryIO, BinaryIO], None], target: BinaryIO) -> None:
     try:
-        with open(name, "rb") as source:
+        with epath.Path(name).open("rb") as source:
             uncompress(source, target)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise ConfigError(f"{name} is damaged or not what its suffix says: {error}") from error

@@ -4,8 +4,8 @@ Every document, or piece of a long one, becomes pairs (token, next token), start
 token of the corpus, ends of documents included, is predicted exactly once an epoch, whatever the packing. The pairs
 are packed into rows, the rows shuffled within a window, so that a batch isn't a few long documents, and batched.
 
-All hosts walk through the same global batches and keep their own rows. So the order of batches and the state of the
-iterator depend on neither the number nor the index of hosts, and a run resumes exactly on another number of them.
+All hosts walk through the same global batches and keep the rows that they need. So the order of batches and the state
+of the iterator do not depend on the hosts, and a run resumes exactly on another number of them.
 The price is that each host reads and tokenises all text. Two CPU cores make about half a million GPT-2 tokens a second,
 or ten million bytes, and it grows with the cores of a host, while sharding the text would make the order of batches
 depend on the lengths of documents on each host.
@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from grain import experimental
 
-from lin_jax.config import DataConfig, require
+from lin_jax.config import DataConfig
 from lin_jax.data.sources import Source, open_source
 from lin_jax.data.tokenizers import Tokenizer
 
@@ -37,11 +37,16 @@ Batch = dict[str, np.ndarray]
 
 
 def training_batches(
-    config: DataConfig, tokenizer: Tokenizer, *, process_index: int, process_count: int
+    config: DataConfig, tokenizer: Tokenizer, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """This host's rows of an endless sequence of batches, in another order in each epoch.
+    """Rows of an endless sequence of batches, in another order in each epoch.
 
-    Each batch is a dict of arrays [b, T], where b = batch_size / process_count:
+    Args:
+        config: the data.
+        tokenizer: makes tokens of it.
+        rows: the rows of each batch that this host wants, by number; None for all.
+
+    Each batch is a dict of arrays [len(rows), T]:
 
     - `tokens`, `targets` (the next tokens), int32;
     - `segment_ids`, int32: documents in a row counted from 1 under packing=segments, all 1 under
@@ -52,18 +57,17 @@ def training_batches(
     iterator at the end: its threads run ahead.
 
     Raises:
-        ConfigError: the data can't be had, or the hosts don't divide the batch.
+        ConfigError: the data can't be had.
     """
     source = open_source(config, "train")
     pieces = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    rows = _rows(_pairs(pieces, source, tokenizer), config, config.seed, _window(config))
-    return _batches(rows, config, process_index, process_count)
+    return _batches(_rows(_pairs(pieces, source, tokenizer), config, config.seed, _window(config)), config, rows)
 
 
 def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, *, process_index: int, process_count: int
+    config: DataConfig, tokenizer: Tokenizer, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """This host's rows of the batches of the validation split, each of its tokens once; see `training_batches`.
+    """Rows of the batches of the validation split, each of its tokens once; see `training_batches`.
 
     The order is always the same and mixes documents, so the first batches are a sample of all. The last batch is
     filled up with rows of padding.
@@ -71,8 +75,7 @@ def validation_batches(
     source = open_source(config, "validation")
     pieces = grain.MapDataset.range(len(source)).shuffle(seed=_VALIDATION_SEED)
     window = min(_window(config), VALIDATION_WINDOW_BATCHES * config.batch_size)
-    rows = _rows(_pairs(pieces, source, tokenizer), config, _VALIDATION_SEED, window)
-    return _batches(rows, config, process_index, process_count)
+    return _batches(_rows(_pairs(pieces, source, tokenizer), config, _VALIDATION_SEED, window), config, rows)
 
 
 def validation_bytes_per_token(config: DataConfig, tokenizer: Tokenizer) -> float:
@@ -140,23 +143,18 @@ def _plain_row(packed: Batch) -> Batch:
 
 
 def _batches(
-    rows: grain.IterDataset, config: DataConfig, process_index: int, process_count: int
+    rows: grain.IterDataset, config: DataConfig, own: Sequence[int] | np.ndarray | None
 ) -> grain.DatasetIterator:
-    require(
-        config.batch_size % process_count == 0,
-        f"data.batch_size={config.batch_size} is not divisible by the number of hosts, {process_count}",
-    )
-    count = config.batch_size // process_count
-    own = slice(process_index * count, (process_index + 1) * count)
-    batches = rows.batch(config.batch_size, batch_fn=lambda batch: _stack(batch, config.batch_size, own))
+    numbers = range(config.batch_size) if own is None else own
+    batches = rows.batch(config.batch_size, batch_fn=lambda batch: _stack(batch, numbers))
     return iter(experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
 
 
-def _stack(rows: Sequence[Batch], batch_size: int, own: slice) -> Batch:
-    """This host's rows of a batch, filled up with padding if rows are missing."""
+def _stack(rows: Sequence[Batch], numbers: Sequence[int] | np.ndarray) -> Batch:
+    """Some rows of a batch; those that are missing are padding."""
     padding = {name: np.zeros_like(column) for name, column in rows[0].items()}
-    filled = [*rows, *[padding] * (batch_size - len(rows))][own]
-    return {name: np.stack([row[name] for row in filled]) for name in padding}
+    wanted = [rows[number] if number < len(rows) else padding for number in numbers]
+    return {name: np.stack([row[name] for row in wanted]) for name in padding}
 
 
 class _SplitLong(experimental.FlatMapTransform):

@@ -46,6 +46,11 @@ class TfdsSource:
         """Whether a piece is the last one of its document: examples are never cut."""
         return True
 
+    @property
+    def fingerprint(self) -> str:
+        """The number of examples; a prepared dataset of a version does not change."""
+        return f"{len(self.chosen)} of {len(self.examples)} examples"
+
 
 def open_tfds(config: DataConfig, split: Literal["train", "validation"]) -> TfdsSource:
     """The examples of a split; part of the training split where the dataset has no validation split.

@@ -5,8 +5,10 @@ the format of the `tokenizers` library (not for bytes), and `tokenizer_info.json
 """
 
 import abc
+import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,8 +18,9 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lin_jax.config import ConfigError, DataConfig, require
+from lin_jax.config import ConfigError, DataConfig, first_line, require
 from lin_jax.data.sources import open_source
+from lin_jax.paths import check_remote, copy_directory, is_remote
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # More text changes the merges of a learned vocabulary little.
@@ -129,6 +132,8 @@ def load_tokenizer(config: DataConfig, cache_directory: epath.PathLike) -> Token
         return BytesTokenizer()
     if config.tokenizer == "train":
         return _learned(config, epath.Path(cache_directory))
+    if is_remote(config.tokenizer):
+        return _remote(config)
     directory = os.path.expanduser(config.tokenizer)
     if os.path.isdir(directory):
         for vocabulary, merges in _GPT2_FILES:
@@ -157,7 +162,7 @@ def restore_tokenizer(directory: epath.PathLike) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str((directory / _LIBRARY_FILE).read_text())
         return LibraryTokenizer(backend, end_id=info["end_id"], begin_id=info["begin_id"])
     except Exception as error:  # the library raises Exception itself
-        raise ConfigError(f"no tokenizer can be read from {directory}: {_first_line(error)}") from error
+        raise ConfigError(f"no tokenizer can be read from {directory}: {first_line(error)}") from error
 
 
 def _write_files(directory: epath.PathLike, texts: dict[str, str]) -> None:
@@ -170,8 +175,13 @@ def _write_files(directory: epath.PathLike, texts: dict[str, str]) -> None:
         temporary.replace(directory / name)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _remote(config: DataConfig) -> Tokenizer:
+    """The tokenizer in a remote directory, whose libraries read local files only."""
+    check_remote(config.tokenizer, "data.tokenizer")
+    require(epath.Path(config.tokenizer).is_dir(), f"data.tokenizer: {config.tokenizer} is no directory")
+    with tempfile.TemporaryDirectory() as copy:
+        copy_directory(config.tokenizer, copy)
+        return load_tokenizer(dataclasses.replace(config, tokenizer=copy), copy)
 
 
 def _learned(config: DataConfig, directory: epath.Path) -> Tokenizer:
@@ -226,7 +236,7 @@ def _gpt2(vocabulary: str, merges: str) -> LibraryTokenizer:
     try:
         backend = _byte_level(models.BPE.from_file(vocabulary, merges))
     except Exception as error:  # the library raises Exception itself
-        raise ConfigError(f"data.tokenizer: cannot read {vocabulary} and {merges}: {_first_line(error)}") from error
+        raise ConfigError(f"data.tokenizer: cannot read {vocabulary} and {merges}: {first_line(error)}") from error
     end_id = backend.token_to_id(END_OF_DOCUMENT)
     if end_id is None:
         raise ConfigError(f"data.tokenizer: {vocabulary} has no token {END_OF_DOCUMENT} to end documents with")
@@ -241,7 +251,7 @@ def _hugging_face(name: str, problem: str) -> LibraryTokenizer:
         found: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         backend = tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # whatever the files of others hold
-        raise ConfigError(f"{problem} ({_first_line(error)})") from error
+        raise ConfigError(f"{problem} ({first_line(error)})") from error
     end_id = found.eos_token_id if found.eos_token_id is not None else found.sep_token_id
     require(end_id is not None, f"data.tokenizer: {name} has neither eos_token nor sep_token to end documents with")
     begin_id = found.bos_token_id if found.bos_token_id is not None else found.cls_token_id

@@ -54,7 +54,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a program is compiled for."""
+    """What a program is compiled for; see `_compiled`."""
 
     config: GenerateConfig
     tree: Tree
@@ -99,7 +99,7 @@ class Generator:
         """
         self.model = unstacked(model)
         self.config = config
-        self._plan = _Plan(config, _tree(model, config, heads), tuple(sorted(set(stop_ids))))
+        self._plan = _Plan(_compiled(config), _tree(model, config, heads), tuple(sorted(set(stop_ids))))
         parts = (self.model, heads if config.draft == "medusa" else None)
         split = [(None, None) if part is None else nnx.split(part) for part in parts]
         self._graphs, self._arrays = tuple(graph for graph, _ in split), tuple(arrays for _, arrays in split)
@@ -132,7 +132,8 @@ class Generator:
         state, features_BC = self._read(text_BX, length_B, capacity)
         sample_B = np.zeros(B, np.int32)
         sample_B[: len(samples)] = samples
-        return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, sample_B)
+        numbers = np.uint32(self.config.sampling.seed), np.int32(self.config.max_new_tokens)
+        return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, sample_B, *numbers)
 
     def _read(self, text_BX: np.ndarray, length_B: np.ndarray, capacity: int) -> tuple[ModelState, Array]:
         """State and features of the last token of every row."""
@@ -163,22 +164,32 @@ class Generator:
         samples: Sequence[int],
         *,
         rows: int | None = None,
-        ends: Callable[[np.ndarray], bool] = lambda tokens: False,
+        ends: Callable[[int, np.ndarray], bool] = lambda row, tokens: False,
     ) -> Iterator[list[Generated]]:
         """What was generated so far, after every block of steps, until all rows have ended; see `start`.
 
-        `ends` is asked after every block whether what a row generated ends it for a reason that the model cannot see.
+        `ends` is asked after every block whether what a row (by its number) generated ends it for a reason that the
+        model cannot see.
         """
         lengths = [len(prompt) for prompt in prompts]
         progress, done = self.start(prompts, samples, rows), False
         while not done:
             progress = self.advance(progress)
-            found = [row._replace(done=row.done or ends(row.tokens)) for row in read_rows(progress, lengths)]
+            rows_now = enumerate(read_rows(progress, lengths))
+            found = [row._replace(done=row.done or ends(number, row.tokens)) for number, row in rows_now]
             done = all(row.done for row in found)
             done_B = np.ones(len(progress.done_B), bool)
             done_B[: len(found)] = [row.done for row in found]
             progress = dataclasses.replace(progress, done_B=jnp.asarray(done_B))
             yield found
+
+
+def _compiled(config: GenerateConfig) -> GenerateConfig:
+    """The settings that programs depend on; the others are set to one value, so that they share the programs."""
+    sampling = dataclasses.replace(config.sampling, seed=0)
+    plain = GenerateConfig(draft=config.draft, block=config.block, sampling=sampling)
+    kept = ("lookup_tokens", "lookup_match", "acceptance", "typical_threshold", "typical_alpha")
+    return dataclasses.replace(plain, **{name: getattr(config, name) for name in kept})
 
 
 def _rounded(tokens: int) -> int:
@@ -247,10 +258,12 @@ def _begin(
     text_BX: Array,
     features_BC: Array,
     sample_B: Array,
+    seed: Array,
+    max_new_tokens: Array,
 ) -> Progress:
     """The first choice, from the features of the prompts' last tokens."""
     model, sampling = nnx.merge(graphs[0], arrays[0]), plan.config.sampling
-    key_B, (B, X) = sequence_keys(sampling, sample_B), text_BX.shape
+    key_B, (B, X) = sequence_keys(seed, sample_B), text_BX.shape
     V = model.config.vocabulary_size if sampling.repetition_penalty != 1 else 0
     token_BX = jnp.where(jnp.arange(X)[None] < state.length_B[:, None], text_BX, V)
     seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], token_BX].set(True, mode="drop")
@@ -262,7 +275,7 @@ def _begin(
         features_BC=features_BC,
         seen_BV=seen_BV,
         key_B=key_B,
-        left_B=jnp.full(B, plan.config.max_new_tokens),
+        left_B=jnp.full(B, max_new_tokens),
         done_B=state.length_B == 0,
         steps_B=jnp.zeros(B, jnp.int32),
     )

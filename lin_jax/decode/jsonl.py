@@ -1,6 +1,7 @@
 """Prompts in a JSONL file and their completions in another, written batch by batch, so that a job can be resumed."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -12,12 +13,16 @@ from typing import Any
 
 import tqdm
 
-from lin_jax.config import ConfigError, require
+from lin_jax.config import ConfigError, GenerateConfig, require
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.text import TextGenerator
 
 # What a line of the output has besides the fields of the input.
 ADDED = ("line", "sample", "completion", "tokens")
+# Settings that change how fast texts come, but not which; how many samples there are is counted in the output.
+_SPEED = ("samples", "batch_size", "prefill_chunk", "block")
+# Nor do these, where only guesses are kept that plain decoding would give.
+_GUESSES = ("draft", "tree", "lookup_tokens", "lookup_match", "typical_threshold", "typical_alpha")
 # Lines that report progress where there is no terminal.
 _LINES = 10
 
@@ -30,7 +35,7 @@ def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def make_job(source: Path | None, target: Path | None, *, resume: bool, overwrite: bool) -> "Job | None":
+def make_job(source: Path | None, target: Path | None, model: str, *, resume: bool, overwrite: bool) -> "Job | None":
     """The job that the arguments of a program mean; None without an input. Raises `ConfigError` as `Job` does."""
     if source is None:
         alone = target is None and not resume and not overwrite
@@ -38,7 +43,7 @@ def make_job(source: Path | None, target: Path | None, *, resume: bool, overwrit
         return None
     if target is None:
         raise ConfigError("--prompt_file needs --output OUT.jsonl")
-    return Job(source, target, resume=resume, overwrite=overwrite)
+    return Job(source, target, model, resume=resume, overwrite=overwrite)
 
 
 class Job:
@@ -46,15 +51,17 @@ class Job:
 
     Every line of the output has all fields of its line of the input, and `line` (the number of that line, from 1 on),
     `sample` (from 0 on), `completion` (without the prompt) and `tokens` (generated). Until all is done its lines have
-    the order in which they were completed, then that of the input.
+    the order in which they were completed, then that of the input. Beside an output that is not complete stands
+    OUTPUT.settings, so that it is gone on with as it was begun.
     """
 
-    def __init__(self, source: Path, target: Path, *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, source: Path, target: Path, model: str = "", *, resume: bool = False, overwrite: bool = False):
         """Read and check the input; nothing is written yet.
 
         Args:
             source: lines `{"prompt": TEXT, ...}`.
             target: the output.
+            model: its name, for the settings.
             resume: keep what the output holds of this input; it may also not exist.
             overwrite: replace the output.
 
@@ -63,7 +70,7 @@ class Job:
         """
         require(not (resume and overwrite), "--resume keeps the output and --overwrite replaces it: give one of them")
         require(source.absolute() != target.absolute(), f"--output {target} is the input: choose another")
-        self.source, self.target, self._resume = source, target, resume
+        self.source, self.target, self._model, self._resume = source, target, model, resume
         require(not target.is_dir(), f"--output {target} is a directory: choose another")
         require(target.absolute().parent.is_dir(), f"--output {target}: there is no directory {target.parent}")
         require(
@@ -77,13 +84,15 @@ class Job:
         """Complete what is missing; a line counts as done once all its samples are there.
 
         Raises:
-            ConfigError: a prompt is too long; nothing is written then.
+            ConfigError: a prompt is too long, or the output was begun with other settings; nothing is written then.
         """
+        settings = self._checked_settings(generator.config)
         done = _done(self._results, generator.config.samples)
         results = [result for result in self._results if result["line"] in done]
         missing = _by_length(generator, {line: self.prompts[line] for line in self.prompts.keys() - done}, self.source)
         if self._resume:
             report(f"{len(done)} of {len(self.prompts)} lines are done already")
+        self._settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         _write(self.target, results)
         speed = Speed()
         try:
@@ -94,7 +103,22 @@ class Job:
             report(f"interrupted: {self.target} has {count} of {len(self.prompts)} lines; --resume goes on")
             raise
         _write(self.target, sorted(results, key=lambda result: (result["line"], result["sample"])))
+        self._settings_file.unlink()
         report(f"{len(results)} completions in {self.target}" + (f": {speed}" if missing else ""))
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.target.with_name(f"{self.target.name}.settings")
+
+    def _checked_settings(self, config: GenerateConfig) -> Record:
+        """What decides the texts; raises `ConfigError` if an output that is gone on with was begun otherwise."""
+        settings = {"checkpoint": self._model, **_deciding(config)}
+        if self._resume and self._settings_file.exists():
+            begun = _object(self._settings_file.read_bytes(), str(self._settings_file))
+            other = [name for name in settings if begun.get(name) != settings[name]]
+            told = ", ".join(f"{name}={begun.get(name)}" for name in other)
+            require(not other, f"{self.target} was begun with {told}: give the same, or --overwrite")
+        return settings
 
     def _complete(self, generator: TextGenerator, lines: list[int], speed: Speed, report: Report) -> Iterator[Record]:
         """The results of these lines, each after it was written."""
@@ -115,6 +139,15 @@ class Job:
                 file.flush()
                 advance(len(new))
                 yield from new
+
+
+def _deciding(config: GenerateConfig) -> Record:
+    """The settings that change texts, in the form in which JSON gives them back."""
+    fields = dataclasses.asdict(config)
+    fields |= fields.pop("sampling")
+    left_out = _SPEED + (_GUESSES if config.acceptance == "exact" else ())
+    kept: Record = json.loads(json.dumps({name: value for name, value in fields.items() if name not in left_out}))
+    return kept
 
 
 def read_prompts(file: Path) -> dict[int, Record]:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from lin_jax.config import SamplingConfig
 from lin_jax.ops.tree import Tree
@@ -46,9 +46,9 @@ def _keep_top_p(logits_BMV: Array, top_p: float) -> Array:
     return jnp.where(p_BMV < least, -jnp.inf, logits_BMV)
 
 
-def sequence_keys(sampling: SamplingConfig, sample_B: Int[Array, " B"]) -> Key[Array, " B"]:
+def sequence_keys(seed: Integer[Array, ""] | int, sample_B: Int[Array, " B"]) -> Key[Array, " B"]:
     """A key for each sequence, of the seed and of which sample of its prompt it is: of nothing about its batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), sample_B)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sample_B)
 
 
 def choose(

@@ -85,7 +85,8 @@ class TextGenerator:
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
     ) -> Iterator[list[Continuation]]:
         samples = [sample for _, sample in jobs]
-        for rows in self._generator.stream(ids, samples, rows=size, ends=self._holds_stop):
+        ends = lambda row, tokens: self._holds_stop(ids[row], tokens)  # noqa: E731
+        for rows in self._generator.stream(ids, samples, rows=size, ends=ends):
             triples = zip(prompts, ids, rows, strict=True)
             yield [self._continuation(prompt, before, row) for prompt, before, row in triples]
 
@@ -95,8 +96,8 @@ class TextGenerator:
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
         return np.concatenate([np.array(begin, np.int32), ids])
 
-    def _holds_stop(self, tokens: np.ndarray) -> bool:
-        return bool(self.config.stop) and any(stop in self.tokenizer.decode(tokens) for stop in self.config.stop)
+    def _holds_stop(self, before: np.ndarray, tokens: np.ndarray) -> bool:
+        return bool(self.config.stop) and any(stop in self._text(before, tokens) for stop in self.config.stop)
 
     def _continuation(self, prompt: str, before: np.ndarray, row: Generated) -> Continuation:
         ended = len(row.tokens) and int(row.tokens[-1]) in self._ends

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.softmax_tpu import refusal, splash_attention
+from lin_jax.ops.target import target
 
 
 def softmax_attention(
@@ -17,7 +19,8 @@ def softmax_attention(
 ) -> Float[Array, "B T H E"]:
     """y_t = sum over s <= t of softmax(q_t . k_s / sqrt(D)) v_s, the sum over tokens of the same sequence.
 
-    On an NVIDIA GPU, and where its conditions hold, by cuDNN's flash attention.
+    By a kernel that never holds all scores, where there is one: on an NVIDIA GPU cuDNN's flash attention, on a TPU
+    JAX's splash attention, which runs on arrays of one device.
 
     Args:
         q_BTHD: queries. H is a multiple of K; query head h uses key/value head h // (H / K).
@@ -25,9 +28,12 @@ def softmax_attention(
         v_BTKE: values.
         segment_ids_BT: every run of equal ids is a sequence of its own; None is one sequence.
     """
-    mask_B1TS = None
+    run_BT = mask_B1TS = None
     if segment_ids_BT is not None:
         run_BT = token_layout(segment_ids_BT, jnp.zeros(segment_ids_BT.shape[0], jnp.int32)).run_BT
+    if target().platform == "tpu" and refusal(q_BTHD, v_BTKE) is None:
+        return splash_attention(q_BTHD, k_BTKD, v_BTKE, run_BT)
+    if run_BT is not None:
         mask_B1TS = (run_BT[:, :, None] == run_BT[:, None, :])[:, None]
     implementation: Literal["cudnn", "xla"] = "cudnn" if mask_B1TS is None and _has_flash_attention(q_BTHD) else "xla"
     return jax.nn.dot_product_attention(
@@ -37,8 +43,7 @@ def softmax_attention(
 
 def _has_flash_attention(q_BTHD: Array) -> bool:
     """Whether cuDNN computes it: 16-bit types and head sizes that are multiples of 8 up to 128."""
-    device = jax.devices()[0]
-    D = q_BTHD.shape[-1]
+    device, D = target(), q_BTHD.shape[-1]
     nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
     return nvidia and q_BTHD.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
 

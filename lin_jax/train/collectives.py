@@ -20,6 +20,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+# TPUs work through one exchange in steps, each beside other work and with the same channel.
+_STEP = re.compile(r'channel_id=(\d+), .*chain_id="\d+"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_LIMIT = re.compile(r" s32\[\](?:\{[^ ]*\})? constant\((\d+)\)")
 _DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -61,9 +65,10 @@ def find_collectives(text: str) -> list[Collective]:
     """
     computations, entry = _computations(text)
     times = _times(computations, entry)
+    computations = _without_steps(computations)
     devices = math.prod(int(count) for count in _DEVICES.findall(text.partition("\n")[0]))
     return [
-        found
+        found._replace(kind="reduce-scatter") if name.startswith("all-reduce-scatter") else found
         for name, lines in computations.items()
         for line in lines
         if times[name] and (found := _collective(line, times[name], devices)) is not None
@@ -93,30 +98,54 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
+def _without_steps(computations: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The computations with every exchange that takes several steps at its first step alone."""
+    seen: set[str] = set()
+    kept: dict[str, list[str]] = {}
+    for name, lines in computations.items():
+        kept[name] = []
+        for line in lines:
+            step = _STEP.search(line)
+            if step is None or step[1] not in seen:
+                kept[name].append(line)
+            if step:
+                seen.add(step[1])
+    return kept
+
+
 def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs. Callers stand behind what they call, so the text is read backwards."""
     times = dict.fromkeys(computations, 0)
     times[entry] = 1
     for name in reversed(computations):
         for line in computations[name]:
-            for called, count in _calls(line):
+            for called, count in _calls(line, computations):
                 if called in times:
                     times[called] += times[name] * count
     return times
 
 
-def _calls(line: str) -> Iterator[tuple[str, int]]:
+def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     """What an instruction calls, and how often."""
     found = _INSTRUCTION.match(_LAYOUT.sub("", line.partition(", metadata=")[0]))
     operation = found[2] if found else ""
     if operation.endswith(("-done", "-update")):  # They name what `-start` called.
         return
-    trips = _TRIPS.search(line)
     for role, called in _CALLED.findall(line):
-        yield called, int(trips[1]) if trips and role == "body" else 1
+        yield called, _trips(line, computations) if role == "body" else 1
     for listed in _BRANCHES.findall(line):
         for called in listed.split(","):
             yield called.strip().lstrip("%"), 1
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop turns: as noted, or the only number that its condition has, as loops count from 0."""
+    noted, condition = _TRIPS.search(line), _CONDITION.search(line)
+    if noted:
+        return int(noted[1])
+    lines = computations.get(condition[1], []) if condition else []
+    limits = [int(found[1]) for line in lines if (found := _LIMIT.search(line))]
+    return limits[0] if len(limits) == 1 and any("direction=LT" in line for line in lines) else 1
 
 
 def _collective(line: str, times: int, devices: int) -> Collective | None:

@@ -162,9 +162,9 @@ def describe_heads(values: Mapping[str, float]) -> str:
     return f"heads right {first}, within {len(table[0])} guesses {all_ranks}"
 
 
-def write_best_tree(workdir: str, config: MedusaConfig, values: Mapping[str, float]) -> str:
+def write_best_tree(workdir: Path, config: MedusaConfig, values: Mapping[str, float]) -> str:
     """Write the tree for the measured accuracies to `workdir`; returns a line about it."""
-    accuracy, file = accuracy_by_rank(values), Path(workdir) / TREE_FILE
+    accuracy, file = accuracy_by_rank(values), workdir / TREE_FILE
     paths = best_paths(accuracy, config.tree_nodes)
     write_tree(file, paths, accuracy)
     return f"{file}: a tree of {len(paths) + 1} nodes, {expected_tokens(accuracy, paths):.2f} tokens a step expected"

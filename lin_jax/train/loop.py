@@ -14,23 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
-from lin_jax.config import Config, ConfigError, require
+from lin_jax.config import Config, ConfigError, first_line, require
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.layers.partition import Partition
-from lin_jax.models.flops import training_flops_per_token
-from lin_jax.train import checkpoint, sharding
+from lin_jax.paths import LocalFiles, absolute, check_remote
+from lin_jax.train import checkpoint, sharding, workdir
+from lin_jax.train.base import check_base
+from lin_jax.train.distributed import agree_on, only_first, require_shared, settled
+from lin_jax.train.feed import Feed
 from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
-from lin_jax.train.metrics import MetricsLog, draw_learning_curve
+from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.record import write_run_record
+from lin_jax.train.record import RECORD, write_run_record
+from lin_jax.train.saved_model import load_base
 from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
-from lin_jax.train.trainable import structure_of
+from lin_jax.train.trainable import step_flops, structure_of
 from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
@@ -65,6 +70,11 @@ class Parts:
     shardings: TrainState
 
     @property
+    def feed(self) -> Feed:
+        """What this process reads of a batch."""
+        return Feed(sharding.batch_sharding(self.partition), self.config.data.batch_size)
+
+    @property
     def mesh(self) -> Mesh:
         """The devices."""
         assert self.partition.mesh is not None
@@ -80,6 +90,15 @@ class Parts:
             use_segments=config.data.packing == "segments",
             heads_weight=finetune.medusa.weight if finetune.trains_model else None,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """What was found before anything is computed: `text` is the fingerprint of the training text."""
+
+    resumes: bool
+    tokenizer: Tokenizer
+    text: str
 
 
 def make_parts(config: Config, partition: Partition) -> Parts:
@@ -122,12 +141,12 @@ def train(config: Config, report: Report = print) -> Result:
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
-    config = _with_absolute_base(config)
+    config, report = _with_absolute_base(config), only_first(report)
     partition = sharding.make_partition(config.mesh)
-    resumes, tokenizer = _prepare(config, partition)
+    ready = _prepare(config, partition)
     parts = make_parts(config, partition)
-    with contextlib.closing(training_batches(config.data, tokenizer, **_process())) as iterator:
-        return _train(parts, tokenizer, resumes, iterator, report)
+    with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
+        return _train(parts, ready, iterator, report)
 
 
 def show_sharding(config: Config) -> str:
@@ -142,20 +161,16 @@ def _with_absolute_base(config: Config) -> Config:
     """The settings that are saved must name the model it started from wherever they are read."""
     if not config.finetune.checkpoint:
         return config
-    path = str(Path(config.finetune.checkpoint).absolute())
+    path = absolute(config.finetune.checkpoint)
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
-def _process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, report: Report) -> Result:
-    config = parts.config
+def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result:
+    config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    start = _new_state(parts) if parts.structure.has_frozen or not resumes else None
+    start = _new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
     frozen = start.frozen if start is not None else {}
-    restored = checkpoint.restore(config, abstract, frozen, iterator, report)
+    restored = checkpoint.restore(config, abstract, frozen, ready.text, iterator, report)
     state: Any = restored.state if restored.state is not None else start
     del start
     step = int(state.step)
@@ -164,68 +179,79 @@ def _train(parts: Parts, tokenizer: Tokenizer, resumes: bool, iterator: Any, rep
         f"the newest checkpoint in {config.workdir} is of step {step}, beyond train.steps={config.train.steps}: raise "
         "that, or choose another --config.workdir",
     )
-    _open_workdir(parts, tokenizer, step)
+    files = LocalFiles(config.workdir, (METRICS, RECORD) if jax.process_index() == 0 else ())
+    _open_workdir(parts, tokenizer, files, step)
     log = MetricsLog(
-        config.workdir,
+        files.directory,
         step,
         config.train.steps,
-        training_flops_per_token(config.model, config.data.sequence_length),
+        float(step_flops(config).needed),
         report,
     )
-    saver = checkpoint.Checkpoints(config, restored, frozen, log.message)
+    saver = checkpoint.Checkpoints(config, restored, frozen, ready.text, log.message)
     try:
         with StopRequest() as stop:
-            return _Run(parts, tokenizer, log, saver, stop).go_on(state, step, iterator)
+            return _Run(parts, tokenizer, files, log, saver, stop).go_on(state, step, iterator)
     finally:
         saver.close()
         log.close()
 
 
-def _prepare(config: Config, partition: Partition) -> tuple[bool, Tokenizer]:
-    """Check everything that can be checked without computing, in the order of what it costs.
-
-    Returns:
-        Whether there is a checkpoint to go on from, and the tokenizer.
-    """
-    require("://" not in config.workdir, f"config.workdir must be a local or mounted directory: {config.workdir}")
+def _prepare(config: Config, partition: Partition) -> _Ready:
+    """Check everything that can be checked without computing, in the order of what it costs."""
+    check_remote(config.workdir, "config.workdir")
     sharding.check_fit(config, partition)
     resumes = checkpoint.has_checkpoint(config)
     tokenizer = _tokenizer(config, resumes)
-    check_data(config.data, config.model.vocabulary_size, tokenizer)
-    return resumes, tokenizer
+    text = check_data(config.data, config.model.vocabulary_size, tokenizer)
+    require(text == agree_on(text), "the training text is not the same as that of process 0: give all hosts the same")
+    require_shared(config.workdir, "config.workdir")
+    return _Ready(resumes, tokenizer, text)
 
 
 def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
     """The tokenizer of the run that goes on; of a new one, what the settings say."""
     if resumes:
-        return restore_tokenizer(checkpoint.tokenizer_directory(config.workdir))
+        return restore_tokenizer(workdir.tokenizer_directory(config.workdir))
     if config.data.tokenizer == "checkpoint":
-        checkpoint.check_base(config.finetune.checkpoint)
-        return restore_tokenizer(checkpoint.base_tokenizer_directory(config))
+        check_base(config.finetune.checkpoint)
+        return restore_tokenizer(workdir.base_tokenizer_directory(config))
     check_vocabulary(config.data, config.model.vocabulary_size)
-    with tempfile.TemporaryDirectory() as directory:  # A learned one is written here first: nothing is sure yet.
-        return load_tokenizer(config.data, directory)
+    if config.data.tokenizer != "train":
+        return load_tokenizer(config.data, config.workdir)
+    return _learn_tokenizer(config)
+
+
+def _learn_tokenizer(config: Config) -> Tokenizer:
+    """A tokenizer that process 0 learns, in a directory of its own: nothing is sure yet."""
+    with tempfile.TemporaryDirectory() as directory:
+        if jax.process_index() == 0:
+            load_tokenizer(config.data, directory)
+        for name, text in agree_on({file.name: file.read_text() for file in Path(directory).iterdir()}).items():
+            Path(directory, name).write_text(text)
+        return restore_tokenizer(directory)
 
 
 def _new_state(parts: Parts) -> TrainState:
     """The state before the first step, made in place on the devices."""
     config, structure = parts.config, parts.structure
-    known = checkpoint.load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
+    known = load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )
-    return initialise(jnp.uint32(config.train.seed), known)
+    return settled(initialise(jnp.uint32(config.train.seed), known))
 
 
-def _open_workdir(parts: Parts, tokenizer: Tokenizer, step: int) -> None:
+def _open_workdir(parts: Parts, tokenizer: Tokenizer, files: LocalFiles, step: int) -> None:
     if jax.process_index() != 0:
         return
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
+    count = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
     try:
-        Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(checkpoint.tokenizer_directory(parts.config.workdir))
-        checkpoint.keep_tokenizer_files(parts.config)
-        write_run_record(parts.config, step, sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)))
+        epath.Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir.tokenizer_directory(parts.config.workdir))
+        workdir.keep_tokenizer_files(parts.config)
+        write_run_record(files.directory, parts.config, step, count)
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
 
@@ -242,11 +268,17 @@ class _Run:
     """The loop, with what it writes to."""
 
     def __init__(
-        self, parts: Parts, tokenizer: Tokenizer, log: MetricsLog, saver: checkpoint.Checkpoints, stop: StopRequest
+        self,
+        parts: Parts,
+        tokenizer: Tokenizer,
+        files: LocalFiles,
+        log: MetricsLog,
+        saver: checkpoint.Checkpoints,
+        stop: StopRequest,
     ):
         self._parts, self._tokenizer, self._log, self._saver, self._stop = parts, tokenizer, log, saver, stop
-        self._train, self._workdir = parts.config.train, parts.config.workdir
-        self._batch_sharding = sharding.batch_sharding(parts.partition)
+        self._train, self._files = parts.config.train, files
+        self._feed = parts.feed
         self._evaluate_batch: Any = None
         self._bytes_per_token: float | None = None
         self._tracing = False
@@ -262,7 +294,7 @@ class _Run:
         self._log.restart_clock()
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
-            state, metrics = update(state, self._to_devices(next(iterator)))
+            state, metrics = settled(update(state, self._to_devices(next(iterator))))
             self._log.add(step, metrics)
             if self._stop.requested(agree=self._due(step, self._train.log_every)):
                 self._save(step, state, iterator)
@@ -297,10 +329,19 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, iterator: Iterator) -> None:
         self._flush()
+        self._publish()  # Before the checkpoint, whose lines of metrics must be there.
         validation = self._log.validation_at(step)
         loss = validation.get("objective", validation["validation_loss"]) if validation else None
         self._saver.save(step, state, iterator, loss)
         self._log.restart_clock()
+
+    def _publish(self) -> None:
+        if jax.process_index() != 0:
+            return
+        try:
+            self._files.publish()
+        except Exception as error:  # of whatever library speaks to a remote directory
+            self._log.message(f"warning: metrics cannot be copied to {self._parts.config.workdir}: {first_line(error)}")
 
     def _validate(self, step: int, state: TrainState) -> Mapping[str, float]:
         self._flush()
@@ -322,10 +363,10 @@ class _Run:
             self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.partition)
             self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
         sums = []
-        with contextlib.closing(validation_batches(config.data, tokenizer, **_process())) as batches:
+        with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:
             for batch in itertools.islice(batches, self._train.evaluate_batches or None):
                 trees = state.parameters, state.frozen, state.constants
-                sums.append(self._evaluate_batch(*trees, self._to_devices(batch)))
+                sums.append(settled(self._evaluate_batch(*trees, self._to_devices(batch))))
         fetched = jax.device_get(sums)
         nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
         assert self._bytes_per_token is not None
@@ -338,7 +379,7 @@ class _Run:
         return self._parts.config.finetune.objective == "medusa"
 
     def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.global_batch({name: batch[name] for name in _BATCH_TYPES}, self._batch_sharding)
+        return self._feed({name: batch[name] for name in _BATCH_TYPES})
 
     def _compile(self, state: TrainState) -> Any:
         """The training step, compiled ahead, which tells its memory."""
@@ -355,7 +396,7 @@ class _Run:
     def _profile(self, step: int) -> None:
         """Start or stop the trace; `step` counts from the start of this process."""
         if self._parts.config.profile and step == _PROFILED_STEPS[0]:
-            jax.profiler.start_trace(str(Path(self._workdir) / "profile"))
+            jax.profiler.start_trace(str(self._files.directory / "profile"))
             self._tracing = True
         elif step == _PROFILED_STEPS[1]:
             self._stop_profile()
@@ -371,11 +412,14 @@ class _Run:
         self._log.close()
         if jax.process_index() == 0:
             try:
-                draw_learning_curve(self._workdir)
+                draw_learning_curve(self._files.directory)
                 if validation is not None and self._has_heads:
-                    self._log.message(write_best_tree(self._workdir, self._parts.config.finetune.medusa, validation))
+                    self._log.message(
+                        write_best_tree(self._files.directory, self._parts.config.finetune.medusa, validation)
+                    )
             except OSError as error:
-                self._log.message(f"warning: {self._workdir} cannot be written to ({error.strerror or error})")
+                self._log.message(f"warning: {self._files.directory} cannot be written to ({error.strerror or error})")
+        self._publish()
         require(self._saver.complete, f"the checkpoint of step {step} could not be saved; free space and run again")
         return Result(step, interrupted, validation)
 

@@ -15,30 +15,17 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from lin_jax.train.chips import chip_of
+from lin_jax.train.distributed import agree_on
 from lin_jax.train.step import StepMetrics
-
-# Dense bf16 FLOP/s of one device, by what its `device_kind` contains; from the makers' data sheets. First match wins.
-PEAK_FLOPS = (
-    ("v6 lite", 918e12),
-    ("v6e", 918e12),
-    ("v5p", 459e12),
-    ("v5 lite", 197e12),
-    ("v5e", 197e12),
-    ("v5", 459e12),
-    ("v4", 275e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
 
 METRICS = "metrics.jsonl"
 
 
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s that a device can do at best; None where it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
+    chip = chip_of(device_kind)
+    return chip.flops if chip else None
 
 
 def read_metrics(file: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -55,17 +42,16 @@ class MetricsLog:
     there once. Only the first process writes.
     """
 
-    def __init__(self, workdir: str, step: int, steps: int, flops_per_token: float, report: Callable[[str], None]):
+    def __init__(self, workdir: Path, step: int, steps: int, flops_per_token: float, report: Callable[[str], None]):
         """Go on with the metrics of `workdir` after `step` of `steps`."""
         self._sinks: list[_JsonLines | _Board] = []
         if jax.process_index() == 0:
-            self._sinks = [_JsonLines(Path(workdir) / METRICS, step), _Board(Path(workdir) / "tensorboard", step)]
+            self._sinks = [_JsonLines(workdir / METRICS, step), _Board(workdir / "tensorboard", step)]
         self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
         self._pending: list[tuple[int, StepMetrics]] = []
-        evaluations = [
-            line for line in read_metrics(Path(workdir) / METRICS) if line.get("validation_loss") is not None
-        ]
-        self._validation: dict[str, Any] | None = evaluations[-1] if evaluations else None
+        # All processes must know the same evaluations: they evaluate together.
+        evaluations = [line for line in read_metrics(workdir / METRICS) if line.get("validation_loss") is not None]
+        self._validation: dict[str, Any] | None = agree_on(evaluations[-1] if evaluations else None)
         self._bar = _make_bar(step, steps) if self._sinks and sys.stderr.isatty() else None
         self._mark = time.perf_counter()
 
@@ -191,24 +177,24 @@ def _encode(lines: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(line) + "\n" for line in finite).encode()
 
 
-def draw_learning_curve(workdir: str) -> Path:
+def draw_learning_curve(workdir: Path) -> Path:
     """Draw training and validation loss of a run to `learning_curve.png` in its directory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(Path(workdir) / METRICS)
+    lines = read_metrics(workdir / METRICS)
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="nats per token", title=Path(workdir).name)
+    axes.set(xlabel="step", ylabel="nats per token", title=workdir.name)
     if axes.has_data():
         axes.legend()
     axes.grid(alpha=0.3)
-    file = Path(workdir) / "learning_curve.png"
+    file = workdir / "learning_curve.png"
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
     return file

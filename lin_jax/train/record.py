@@ -14,18 +14,20 @@ import jax
 from lin_jax.config import Config
 from lin_jax.overrides import config_to_dict
 
+RECORD = "run.json"
 _PACKAGES = ("lin_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
-def write_run_record(config: Config, step: int, parameters: int) -> None:
+def write_run_record(directory: Path, config: Config, step: int, parameters: int) -> None:
     """Add this start to the run's record; a record that cannot be read is begun anew.
 
     Args:
+        directory: of the record.
         config: the settings of this start.
         step: the step it begins at.
         parameters: numbers that are trained.
     """
-    file = Path(config.workdir) / "run.json"
+    file = directory / RECORD
     starts = [*_earlier_starts(file), _start(step)] if step else [_start(step)]
     record = {"config": config_to_dict(config), "parameters": parameters, "starts": starts}
     temporary = file.with_suffix(".tmp")

@@ -7,6 +7,7 @@ from flax import nnx
 
 from lin_jax.config import Config, FinetuneConfig
 from lin_jax.layers.lora import ADAPTER, add_lora
+from lin_jax.models.flops import Flops, training_flops
 from lin_jax.models.medusa import HEADS, MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.train.state import Path, Structure, make_structure
@@ -29,6 +30,12 @@ GROUPS: dict[str, Callable[[Path], bool]] = {
 def trains(finetune: FinetuneConfig, path: Path) -> bool:
     """Whether the parameter at `path` trains: adapters and Medusa heads always do."""
     return ADAPTER in path or path[0] == HEADS or any(GROUPS[group](path) for group in finetune.train)
+
+
+def step_flops(config: Config, *, tiled: bool = False) -> Flops:
+    """Operations for one token of the step that a run of `config` makes; `tiled`: see `training_flops`."""
+    finetune, length = config.finetune, config.data.sequence_length
+    return training_flops(config.model, length, finetune, functools.partial(trains, finetune), tiled=tiled)
 
 
 def structure_of(config: Config) -> Structure:

@@ -23,7 +23,7 @@ from lin_jax.convert import checkpoint_files, directory, gpt2, llama
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.train.checkpoint import load_model, save_model
+from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

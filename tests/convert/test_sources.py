@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from lin_jax.convert import hub
 from lin_jax.convert.hugging_face import Target, read_hugging_face
 from lin_jax.convert.source import Input, read_source
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train.saved_model import load_model
 from tests.convert.test_convert import GPT2, LLAMA, STORIES, assert_refused, convert, make_directory, needs_stories
 from tests.golden import FIXTURES, Golden
 

@@ -29,12 +29,16 @@ def texts_of(lengths, seed=0):
     return ["".join(letters.choices("abcdefghijklmnop", k=length)) for length in lengths]
 
 
-def train(config, process_index=0, process_count=1):
-    return training_batches(config, TOKENIZER, process_index=process_index, process_count=process_count)
+def rows_of(config, host, hosts):
+    return np.split(np.arange(config.batch_size), hosts)[host]
 
 
-def validate(config, process_index=0, process_count=1):
-    return validation_batches(config, TOKENIZER, process_index=process_index, process_count=process_count)
+def train(config, host=0, hosts=1):
+    return training_batches(config, TOKENIZER, rows_of(config, host, hosts))
+
+
+def validate(config, host=0, hosts=1):
+    return validation_batches(config, TOKENIZER, rows_of(config, host, hosts))
 
 
 def take(iterator, count):
@@ -216,7 +220,7 @@ class BeginningTokenizer(BytesTokenizer):
 
 def test_documents_start_from_the_token_for_it(text_config):
     config = text_config(["training"], ["abc", "de"], sequence_length=9, batch_size=1, packing="concatenate")
-    (batch,) = validation_batches(config, BeginningTokenizer(), process_index=0, process_count=1)
+    (batch,) = validation_batches(config, BeginningTokenizer())
     rows = {(tuple(batch["tokens"][0]), tuple(batch["targets"][0]))}
     assert rows < {
         ((257, 97, 98, 99, 257, 100, 101, 0, 0), (97, 98, 99, END, 100, 101, END, 0, 0)),
@@ -224,9 +228,11 @@ def test_documents_start_from_the_token_for_it(text_config):
     }
 
 
-def test_hosts_must_divide_the_batch(text_config):
-    with pytest.raises(ConfigError, match=r"data\.batch_size=8 is not divisible by the number of hosts, 3"):
-        train(text_config(["text"]), 0, 3)
+def test_a_host_may_want_any_rows(text_config):
+    config = text_config(texts_of([30] * 40), sequence_length=16)
+    (whole,), (some,) = (take(training_batches(config, TOKENIZER, rows), 1) for rows in (None, [1, 4, 6]))
+    for name, column in whole.items():
+        np.testing.assert_array_equal(some[name], column[[1, 4, 6]])
 
 
 def test_user_errors_pass_through_the_threads(text_config, tmp_path):

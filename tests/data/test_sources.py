@@ -236,3 +236,12 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, name):
             open_source(DataConfig(source="text", path=path, **settings), split)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*")), "a failure leaves nothing behind"
+
+
+def test_the_fingerprint_tells_where_documents_lie(text_config, tmp_path):
+    texts = ["one", "two", "three"]
+    prints = [
+        open_source(text_config(changed), "train").fingerprint
+        for changed in (texts, ["one", "owt", "three"], ["on", "etwo", "three"], texts[:2])
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 3

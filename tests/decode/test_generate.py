@@ -36,9 +36,9 @@ def stories():
     return lin_jax.load(STORIES)
 
 
-def linearized(model, **changes):
+def linearized(model):
     """The checkpoint with augmented attention: new parameters far from 0, text still text-like."""
-    attention = AttentionConfig(group_size=8, local="softmax", local_groups=2, convolution=4, **changes)
+    attention = AttentionConfig(group_size=8, local="softmax", local_groups=2, convolution=4)
     other = create_model(dataclasses.replace(model.config, attention=attention), nnx.Rngs(0))
     old = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     new = [
@@ -49,9 +49,14 @@ def linearized(model, **changes):
     return other
 
 
+@pytest.fixture(scope="module")
+def augmented(stories):
+    return linearized(stories[0])
+
+
 @pytest.fixture(scope="module", params=["softmax", "augmented"])
-def model(request, stories):
-    return stories[0] if request.param == "softmax" else linearized(stories[0])
+def model(request, stories, augmented):
+    return stories[0] if request.param == "softmax" else augmented
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,14 @@ def ids(stories):
 def heads(stories):
     """Heads that guess a word again and again, so now and then one is right."""
     return start_heads(MedusaConfig(heads=4), stories[0], nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The file of a small tree as deep as the heads; published ones take most of their time here to be sorted."""
+    file = tmp_path_factory.mktemp("tree") / "tree.json"
+    file.write_text("[[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]")
+    return str(file)
 
 
 def recomputed(model, prompt, count):
@@ -96,10 +109,10 @@ def test_speculation_gives_the_tokens_of_plain_decoding(model, ids, heads):
         assert row.done
 
 
-def test_samples_do_not_depend_on_draft_or_batch(stories, ids, heads):
-    model = linearized(stories[0])
+def test_samples_do_not_depend_on_draft_or_batch(augmented, ids, heads, tree):
+    model = augmented
     sampling = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)
-    config = GenerateConfig(max_new_tokens=24, sampling=sampling, prefill_chunk=8)
+    config = GenerateConfig(max_new_tokens=24, sampling=sampling, prefill_chunk=8, tree=tree)
     plain = generate_tokens(model, config, ids)
     [alone] = generate_tokens(model, config, ids[1:2])
     np.testing.assert_array_equal(alone.tokens, plain[1].tokens)
@@ -110,8 +123,9 @@ def test_samples_do_not_depend_on_draft_or_batch(stories, ids, heads):
     assert any((a.tokens != b.tokens).any() for a, b in zip(generate_tokens(model, other, ids), plain, strict=True))
 
 
-def test_typical_acceptance_keeps_more(stories, ids, heads):
-    config = GenerateConfig(max_new_tokens=40, draft="medusa", sampling=SamplingConfig(temperature=0.7))
+def test_typical_acceptance_keeps_more(stories, ids, heads, tree):
+    sampling = SamplingConfig(temperature=0.7)
+    config = GenerateConfig(max_new_tokens=40, draft="medusa", sampling=sampling, tree=tree)
     exact = generate_tokens(stories[0], config, ids, heads=heads)
     typical = dataclasses.replace(config, acceptance="typical", typical_threshold=0.01, typical_alpha=0.01)
     rows = generate_tokens(stories[0], typical, ids, heads=heads)

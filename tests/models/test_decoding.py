@@ -68,19 +68,17 @@ def make_model(config):
     return model
 
 
-def expected_features(model, prompts, tree, tokens_BM):
-    """Features of the last token of [prompt, path to the node] for all nodes, by the training path: [B, M, C]."""
-    rows, ids, last = [], [], []
-    width = max(len(prompt) for prompt in prompts) + tree.height
-    for b, prompt in enumerate(prompts):
-        for node in range(tree.nodes):
-            path = tree.path_MP[node][: tree.depth_M[node] + 1]
-            row = [*prompt, *np.asarray(tokens_BM)[b, path]]
-            rows.append(row + [0] * (width - len(row)))
-            ids.append([1] * len(row) + [0] * (width - len(row)))
-            last.append(len(row) - 1)
-    features = jax.jit(lambda t, i: model.features(t, i))(jnp.asarray(rows), jnp.asarray(ids))
-    return np.asarray(features)[np.arange(len(rows)), last].reshape(len(prompts), tree.nodes, -1)
+def rows_to_nodes(prompts, tree, tokens_BM):
+    """[prompt, path to the node] for all nodes of all rows."""
+    paths = [tree.path_MP[node][: tree.depth_M[node] + 1] for node in range(tree.nodes)]
+    return [[*prompt, *np.asarray(tokens_BM)[b, path]] for b, prompt in enumerate(prompts) for path in paths]
+
+
+def features_of(model, rows):
+    """Features of each row by the training path, in one program: [rows, 24, C]."""
+    padded = [[*row, *[0] * (24 - len(row))] for row in rows]
+    ids = [[1] * len(row) + [0] * (24 - len(row)) for row in rows]
+    return np.asarray(jax.jit(model.features)(jnp.asarray(padded, jnp.int32), jnp.asarray(ids, jnp.int32)))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +110,16 @@ def test_chunks_trees_and_commits_are_the_whole_row(family, name):
         return jnp.concatenate(read, axis=1), first, second
 
     read, first, second = (np.asarray(x) for x in run(row_BT, real_BT, nodes_BM))
-    segments = real_BT.astype(np.int32)
-    compact = np.array([prompts[0] + [0] * 3, prompts[1] + [0] * 9, [0] * 12])
-    whole = np.asarray(jax.jit(model.features)(jnp.asarray(compact), jnp.asarray(np.sort(segments)[:, ::-1])))
-    np.testing.assert_allclose(read[0, :9], whole[0, :9], atol=1e-4)
-    np.testing.assert_allclose(read[1, [5, 9, 11]], whole[1, :3], atol=1e-4)
-    np.testing.assert_allclose(first, expected_features(model, prompts, TREE, nodes_BM), atol=1e-4)
     paths = [np.asarray(nodes_BM)[b, path_BP[b, : count_B[b]]].tolist() for b in range(3)]
     longer = [prompt + path for prompt, path in zip(prompts, paths, strict=True)]
-    np.testing.assert_allclose(second, expected_features(model, longer, TREE, nodes_BM), atol=1e-4)
+    to_nodes, behind_paths = rows_to_nodes(prompts, TREE, nodes_BM), rows_to_nodes(longer, TREE, nodes_BM)
+    rows = [*prompts[:2], *to_nodes, *behind_paths]
+    whole = features_of(model, rows)
+    np.testing.assert_allclose(read[0, :9], whole[0, :9], atol=1e-4)
+    np.testing.assert_allclose(read[1, [5, 9, 11]], whole[1, :3], atol=1e-4)
+    last = whole[np.arange(len(rows)), [len(row) - 1 for row in rows]]
+    verified = np.concatenate([first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])])
+    np.testing.assert_allclose(verified, last[2:], atol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", ["linear", "dynamic", "llama3"])

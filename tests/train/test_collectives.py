@@ -64,3 +64,46 @@ def test_bytes_of_a_compiled_program():
         "all-to-all": 5 * 8 * 4 * 4 * 3 // 4,
     }
     assert {c.groups for c in found if c.kind == "all-reduce"} == {((0, 4), (1, 5), (2, 6), (3, 7))}
+
+
+# What libtpu writes: an exchange in steps beside other work, loops without their length, groups by axes of a mesh.
+STEPS = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%all-reduce-scatter.1 (input: f32[2048,512]) -> f32[2048,128] {
+  %ar = f32[2048,512]{1,0:T(8,128)} all-reduce(%input), channel_id=72, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %slice = f32[2048,128]{1,0:T(8,128)S(1)} dynamic-slice(%ar, %zero, %offset), dynamic_slice_sizes={2048,128}
+}
+
+%first (p: bf16[1,128]) -> bf16[1,512] {
+  ROOT %g = bf16[1,512]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, frontend_attributes={chain_id="3"}
+}
+
+%second (p: bf16[1,128]) -> bf16[1,512] {
+  ROOT %g2 = bf16[1,512]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, frontend_attributes={chain_id="3"}
+}
+
+%body (p: (s32[], bf16[1,128])) -> (s32[], bf16[1,128]) {
+  %x = bf16[1,512]{1,0} fusion(%p), kind=kCustom, calls=%first
+  %y = bf16[1,512]{1,0} fusion(%p), kind=kCustom, calls=%second
+  ROOT %r = f32[4]{0:T(128)} all-reduce(%z), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+}
+
+%condition (p: (s32[], bf16[1,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %s = f32[2048,128]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %w = (s32[], bf16[1,128]) while(%t), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_exchanges_in_steps_count_once_and_loops_by_their_condition():
+    halves = ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert find_collectives(STEPS) == [
+        Collective("reduce-scatter", 2048 * 512 * 4, halves, 1, ""),
+        Collective("all-gather", 512 * 2, halves, 32, ""),
+        Collective("all-reduce", 16, ((0, 4), (1, 5), (2, 6), (3, 7)), 32, ""),
+    ]

@@ -34,10 +34,10 @@ from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.plan import plan
+from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 from lin_jax.train.trainable import structure_of
 

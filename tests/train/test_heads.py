@@ -34,10 +34,10 @@ from lin_jax.decode.generate import generate_tokens
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
 from lin_jax.overrides import apply_overrides
-from lin_jax.train.checkpoint import load_model, save_model
 from lin_jax.train.heads import accuracy_by_rank, head_values, medusa_evaluation, medusa_loss
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
+from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_partition
 from lin_jax.train.step import LossSettings
 from lin_jax.train.trainable import structure_of

@@ -24,11 +24,12 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from lin_jax.data.sources import TextSource
 from lin_jax.overrides import apply_overrides, config_to_dict
-from lin_jax.train import checkpoint, loop, trainable
-from lin_jax.train.checkpoint import load_model
+from lin_jax.train import checkpoint, checksums, loop, trainable
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
+from lin_jax.train.saved_model import load_model
 
 from .stub import Stub
 
@@ -224,12 +225,12 @@ def test_checksums_notice_one_bit_and_not_the_mesh():
     tree = {"a": values, "b": jax.numpy.arange(5), "c": values.astype("bfloat16"), "d": values > 0}
     partition = loop.sharding.make_partition(MeshConfig(data=2, fsdp=4))
     cut = {**tree, "a": jax.device_put(values, loop.sharding.batch_sharding(partition))}
-    meta = {"checksums": {"model": checkpoint._checksums(tree)}}
-    checkpoint._require_checksums({"model": cut}, meta)
+    meta = {"checksums": {"model": checksums.checksums(tree)}}
+    checksums.require_checksums({"model": cut}, meta)
     for name in "abc":
         other = tree[name].at[3].multiply(1.01) if name != "b" else tree[name].at[3].add(1)
         with pytest.raises(ValueError, match=f"model.{name} does not have the checksum"):
-            checkpoint._require_checksums({"model": {**tree, name: other}}, meta)
+            checksums.require_checksums({"model": {**tree, name: other}}, meta)
 
 
 def test_nothing_readable_is_an_error_and_not_a_new_start(config):
@@ -243,6 +244,14 @@ def test_nothing_readable_is_an_error_and_not_a_new_start(config):
     with pytest.raises(ConfigError, match="can be read"):
         load_model(config.workdir)
     assert snapshot(config.workdir) == before
+
+
+def test_a_position_in_other_text_is_refused(uninterrupted, monkeypatch):
+    before = snapshot(uninterrupted.workdir)
+    monkeypatch.setattr(TextSource, "fingerprint", "of other text")
+    with pytest.raises(ConfigError, match="the training text has changed since the run in .* put it back"):
+        train(uninterrupted)
+    assert snapshot(uninterrupted.workdir) == before
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Several processes: the same batches and losses as one, stopping together, resumed by another number of them."""
+"""Several processes: the same batches and losses as one, stopping and dying together, resumed by another number."""
 
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,33 +33,36 @@ def get_config(workdir):
         ),
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, schedule="constant"),
         train=TrainConfig(steps=8, evaluate_every=4, evaluate_batches=2, log_every=2),
-        checkpoint=CheckpointConfig(every=0),
-        mesh=MeshConfig(fsdp=2),
+        checkpoint=CheckpointConfig(every=3),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )
 """
 # Two devices each. The second process alone is told to stop, after step 3; both do when they next agree, at step 4.
+# They go on, begin to save at step 6, and the second is killed in step 7.
 PROCESS = """
 import os, signal, sys
 import jax
-index, address, config = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, num_processes=2, process_id=index)
+from lin_jax.config import DistributedConfig
 from lin_jax.overrides import load_config
-from lin_jax.train import loop, trainable
+from lin_jax.train import distributed, loop, trainable
 from tests.train.stub import Stub
 
+index, address, config = int(sys.argv[1]), *sys.argv[2:]
 trainable.create_model = lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
 
 def add(self, step, metrics, original=loop.MetricsLog.add):
     original(self, step, metrics)
-    if step == 3 and index == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if index == 1 and step in (3, 7):
+        os.kill(os.getpid(), signal.SIGTERM if step == 3 else signal.SIGKILL)
 
 loop.MetricsLog.add = add
-result = loop.train(load_config(config), report=lambda line: None)
-assert result.interrupted and result.step == 4, result
+distributed.HEARTBEAT_SECONDS = 10
+with distributed.joined(DistributedConfig(coordinator=address, processes=2, process=index)):
+    for stops in (True, False):
+        result = loop.train(load_config(config), report=lambda line: print(line, flush=True))
+        assert stops and result.interrupted and result.step == 4, result
 """
 
 
@@ -77,7 +81,7 @@ def config_file(tmp_path):
     return str(tmp_path / "config.py")
 
 
-def test_two_processes_then_one_are_as_one(config_file, tmp_path, monkeypatch):
+def test_two_processes_stop_and_die_together_and_one_goes_on(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainable, "create_model", lambda config, rngs: Stub(rngs, config.vocabulary_size, config.width)
     )
@@ -93,8 +97,17 @@ def test_two_processes_then_one_are_as_one(config_file, tmp_path, monkeypatch):
         )
         for index in range(2)
     ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    told = "\n".join(outputs)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), told
+    assert "process 0 of 2" in outputs[0] and "start the same command again on every host" in outputs[0], told
+    assert "resumed from the checkpoint of step 4" in outputs[0], told
+    assert not [line for line in outputs[1].splitlines() if line.startswith(("resumed", "step "))], told
     several = load_config(f"{config_file}:{workdir}")
     one = dataclasses.replace(several, workdir=str(tmp_path / "one"))
     one = apply_overrides(one, [f"--config.mesh.data={jax.device_count()}", "--config.mesh.fsdp=1"])

@@ -37,7 +37,7 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], N
     """Augmented attention of `inputs` on a device of this kind; on a CPU the kernels are interpreted."""
     plans = make_plans(inputs, device_kind)
     context = plans.forward.context
-    layout = None if inputs.aligned else _layout(inputs, context)
+    layout = None if plans.forward.aligned else _layout(inputs, context)
     return _attend(plans, _floats(inputs, context), layout), None
 
 

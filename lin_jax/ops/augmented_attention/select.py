@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Float
 
 from lin_jax.ops.augmented_attention import pallas_gpu, pallas_tpu, reference, xla
 from lin_jax.ops.augmented_attention.inputs import Inputs, normalised
+from lin_jax.ops.target import Target, target
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +23,6 @@ class Choice(NamedTuple):
 
     implementation: str
     reason: str
-
-
-class Target(NamedTuple):
-    """The device that a computation is meant for: `platform` as JAX names it (tpu, gpu, cpu), and the device's kind."""
-
-    platform: str
-    device_kind: str
 
 
 class Kernel(NamedTuple):
@@ -52,23 +45,6 @@ KERNELS = {
     "pallas_gpu": Kernel("gpu", pallas_gpu.refusal, pallas_gpu.attend),
 }
 IMPLEMENTATIONS = (*PLAIN, *KERNELS)
-
-
-def target() -> Target:
-    """The devices of the mesh that the caller set (`jax.set_mesh`), or else JAX's default one.
-
-    A program that is compiled for other devices than those of this machine has to set its mesh, or to name an
-    implementation.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-    if kind.startswith("TPU"):
-        return Target("tpu", kind)
-    if kind.startswith("NVIDIA"):
-        return Target("gpu", kind)
-    platform = jax.default_backend()
-    return Target(platform, kind)
 
 
 def choose(inputs: Inputs, implementation: str | None) -> Choice:

@@ -24,6 +24,7 @@ from lin_jax.ops.feature_maps import FEATURE_MAPS
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.product import product
 from lin_jax.ops.state import context_tokens
+from lin_jax.ops.target import target
 
 # Tokens in a chunk. On two CPU cores (H8 D64 G64 W32, T 16384) 256 to 512 were fastest; all groups at once took 1.8
 # times as long, as their weights outgrow the cache. Accelerators need more independent products to be busy; their
@@ -92,7 +93,7 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
 def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
     """Chunk after chunk; of the earlier ones a chunk needs a state and a short stretch of tokens."""
     T, G = inputs.q_BTHD.shape[1], inputs.group_size
-    chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS_ACCELERATOR
+    chunk_tokens = CHUNK_TOKENS_CPU if target().platform == "cpu" else CHUNK_TOKENS_ACCELERATOR
     blocks = _cut(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
     chunks = -(-T // (blocks.count * G))
     queries, tokens = _pad(inputs, chunks * blocks.count * G)

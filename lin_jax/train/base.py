@@ -1,0 +1,67 @@
+"""What a run starts from, `finetune.checkpoint`: whether it is there, and whether it is the model that is meant."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from lin_jax.config import Config, require
+from lin_jax.layers.lora import ADAPTER
+from lin_jax.models.medusa import HEADS
+from lin_jax.overrides import config_to_dict
+from lin_jax.paths import check_remote
+from lin_jax.train.checksums import checksums
+from lin_jax.train.trainable import NEW
+
+# Settings of a model that may differ from those of the model it starts from; the rest says what its parameters are.
+_FREE_OF_BASE = ("attention", "dtype", "remat", "rope", "positions", "padding", "score_scale")
+
+
+def check_base(path: str) -> None:
+    """Raise `ConfigError` where there is no run at `path`, a value of `finetune.checkpoint`."""
+    check_remote(path, "finetune.checkpoint")
+    directory = epath.Path(path)
+    require(directory.exists(), f"finetune.checkpoint: {path} does not exist")
+    plain = (directory / "config.json").exists() and not (directory / "checkpoints").exists()
+    convert = f"python convert_weights.py --input {path} --output RUN"
+    require(not plain, f"finetune.checkpoint: {path} is not a run of lin_jax; convert it first: {convert}")
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter is one of linearized attention, of an adapter or of Medusa heads."""
+    parts = name.split(".")
+    return parts[-1] in NEW or ADAPTER in parts or parts[0] == HEADS
+
+
+def require_same_model(base: Config, config: Config) -> None:
+    """Raise `ConfigError` naming the first setting of the model that another attention does not explain."""
+    old, new = config_to_dict(base.model), config_to_dict(config.model)
+    for name, value in new.items():
+        require(
+            name in _FREE_OF_BASE or old.get(name) == value,
+            f"config.model.{name} is {value}, but the model in finetune.checkpoint={config.finetune.checkpoint} has "
+            f"{old.get(name)}",
+        )
+    if config.finetune.objective == "medusa":
+        _require_same_attention(old["attention"], new["attention"], config.finetune.checkpoint)
+
+
+def _require_same_attention(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
+    """Raise `ConfigError` where heads would learn from features that the model does not have."""
+    # Softmax attention has no settings of its own.
+    for name, value in ({"kind": "softmax"} if new["kind"] == "softmax" else new).items():
+        require(
+            name == "implementation" or old.get(name) == value,
+            f"config.model.attention.{name} is {value}, but the model in finetune.checkpoint={path} has "
+            f"{old.get(name)}, which objective=medusa must not change",
+        )
+
+
+def require_same_frozen(frozen: Any, meta: Mapping[str, Any], config: Config) -> None:
+    """Raise `ConfigError` unless `frozen` is what the run of a checkpoint with this `meta` did not train."""
+    saved = meta["checksums"].get("frozen", {})
+    require(
+        checksums(frozen) == saved,
+        f"the parameters in finetune.checkpoint={config.finetune.checkpoint} are not those that the run in "
+        f"{config.workdir} was started from: put them back, or choose another --config.workdir",
+    )
