@@ -93,7 +93,7 @@ def _part_of(blocks: int, parts: int, first: int, part: int) -> tuple[int, int]:
 def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gradient: Array | None) -> Array | None:
     """States where parts start, [B, N, K, P, E] float32, or (given the gradient of y) their gradients where parts end.
 
-    None: one part that starts with nothing.
+    The first part's state (the last one's gradient) is left out where it is 0. None: there is no other.
     """
     reverse, zero = y_gradient is not None, None if y_gradient is not None else floats.state_BKPE
     if not plan.form.grouped:
@@ -108,11 +108,10 @@ def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gra
         (Refs(floats, layout, Extra(y_gradient_BTHE=y_gradient)),),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    first = jnp.zeros_like(sums_BNKPE[:, 0]) if zero is None else zero
     continues_BN = _continues(plan, parts, layout, reverse)
     if reverse:
-        return _prefix(first, sums_BNKPE[:, ::-1], None if continues_BN is None else continues_BN[:, ::-1])[:, ::-1]
-    return _prefix(first, sums_BNKPE, continues_BN)
+        return _prefix(None, sums_BNKPE[:, ::-1], None if continues_BN is None else continues_BN[:, ::-1])[:, ::-1]
+    return _prefix(zero, sums_BNKPE, continues_BN)
 
 
 def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> Array | None:
@@ -130,12 +129,17 @@ def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> 
     return run_BN[:, 1:] == run_BN[:, :-1]
 
 
-def _prefix(first_BKPE: Array, sums_BNKPE: Array, continues_BN: Array | None) -> Array:
-    """[B, N + 1, K, P, E]: the first state, and after each sum; where a run ends, what went before is dropped."""
-    sums = jnp.concatenate([first_BKPE[:, None], sums_BNKPE], axis=1)
-    if continues_BN is None:
+def _prefix(first_BKPE: Array | None, sums: Array, continues_BN: Array | None) -> Array:
+    """The state after each sum [B, N, K, P, E], and before them the first, where there is one.
+
+    Where a run ends, what went before is dropped.
+    """
+    starts = None if continues_BN is None else ~continues_BN
+    if first_BKPE is not None:
+        sums = jnp.concatenate([first_BKPE[:, None], sums], axis=1)
+        starts = None if starts is None else jnp.pad(starts, ((0, 0), (1, 0)))
+    if starts is None:
         return jax.lax.associative_scan(jnp.add, sums, axis=1)
-    starts = jnp.pad(~continues_BN, ((0, 0), (1, 0)))
 
     def combine(a: Any, b: Any) -> Any:
         return a[0] | b[0], jnp.where(b[0][..., None, None, None], b[1], a[1] + b[1])
