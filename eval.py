@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from lin_jax.config import ConfigError
 from lin_jax.evaluate.arguments import make_parser
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, overrides = make_parser(__doc__).parse_known_args(arguments)
         task, name = TASKS[known.task]
         text, record = task(known, overrides)
-        output = Path(known.output or Path(known.checkpoint) / name)
+        output = epath.Path(known.output or epath.Path(known.checkpoint) / name)
         output.write_text(json.dumps(record, indent=2) + "\n")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,14 @@ LOSS_TOLERANCE = 1e-5
 START_SECONDS = 900
 # In which the others must have stopped.
 PATIENCE_SECONDS = 60
-MESHES = {"data 4": ("data=4",), "fsdp 4": ("data=1", "fsdp=4"), "data 2 x fsdp 2": ("data=2", "fsdp=2")}
+MESHES = {
+    "data 4": ("data=4",),
+    "fsdp 4": ("data=1", "fsdp=4"),
+    "data 2 x fsdp 2": ("data=2", "fsdp=2"),
+    # All processes need all rows, or parts of them.
+    "tensor 4": ("data=1", "tensor=4"),
+    "fsdp 2 x sequence 2": ("data=1", "fsdp=2", "sequence=2"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +211,7 @@ class Table:
 def agree(cluster: Cluster, table: Table) -> None:
     """Several processes against one."""
     one = cluster.finish("one", 1, *mesh("data 4"))
-    for name, count in (("data 4", 2), ("data 4", 4), ("fsdp 4", 4), ("data 2 x fsdp 2", 2)):
+    for name, count in (("data 4", 2), *((name, 4) for name in MESHES)):
         run = f"{count}_{name.replace(' ', '_')}"
         table.row(f"{count} processes, mesh {name}", finish, cluster, run, count, name, one)
 

@@ -125,36 +125,32 @@ class Product(NamedTuple):
     bytes: float
 
 
-def xla_products(a: Axes, chunk_tokens: int) -> dict[str, Product]:
-    """The products of XLA's form for an aligned row, forward, a token each; `chunk_tokens` are computed together."""
+def xla_products(a: Axes) -> dict[str, Product]:
+    """The products of XLA's form for an aligned row, forward, a token each."""
     G, S, size = a.G, min(a.G * a.R, a.T), a.itemsize
     state = a.P * a.E * 4 / G
     tail = max(0, a.W - 1 - (S - G))
-    J = a.H // a.K
 
-    def product(rows: int, contracted: int, columns: int, heads: int, right: float, result: int) -> Product:
-        flops = 2 * rows * contracted * columns * heads
-        return Product(flops, heads * (contracted * size + columns * result) + right)
+    def product(contracted: int, columns: int, right: float) -> Product:
+        """One row of the left operand, its share of the right one, one row of the result in float32; all heads."""
+        return Product(2 * contracted * columns * a.H, a.H * (contracted * size + columns * 4) + right * size)
 
-    # For a token: one row of the left operand, its share of the right one, one row of the result in float32.
-    window_k, window_v = a.K * a.D * size * S / G, a.K * a.E * size * S / G
     found = {
-        "scores": product(1, a.D, S, a.H, window_k, 4),
-        "values": product(1, S, a.E, a.H, window_v, 4),
-        "far": product(1, a.P, a.E, a.H, a.K * a.P * a.E * size / G, 4),
+        "scores": product(a.D, S, a.K * a.D * S / G),
+        "values": product(S, a.E, a.K * a.E * S / G),
+        "far": product(a.P, a.E, a.K * a.P * a.E / G),
         "sums": Product(2 * a.K * a.P * a.E, a.K * ((a.P + a.E) * size + state)),
         # The scan reads two states and writes one, for about two sums a group.
         "scan": Product(0, 2 * 3 * a.K * state),
     }
     if tail:
-        found["tail"] = product(1, tail, a.E, a.H, a.K * a.E * size * tail / G, 4)
-    del J, chunk_tokens
+        found["tail"] = product(tail, a.E, a.K * a.E * tail / G)
     return found
 
 
 def xla_form(a: Axes, direction: str) -> Cost:
     """XLA's form: see the head of this file."""
-    products = xla_products(a, xla.CHUNK_TOKENS_ACCELERATOR).values()
+    products = xla_products(a).values()
     inputs, outputs = token_bytes(a)
     tokens = a.B * a.T
     flops = tokens * sum(p.flops for p in products)
@@ -183,7 +179,9 @@ def gpu_kernel(inputs: Inputs, kind: str, direction: str) -> Cost:
     if direction == "forward":
         return _sum([forward_kernel(plans.forward), sums_kernel(plans.forward, plans.forward.heads)])
     plan = plans.backward
-    return _sum([query_kernels(plan), sums_kernel(plan, plan.heads), key_kernels(plan), sums_kernel(plan, plan.key_heads)])
+    return _sum(
+        [query_kernels(plan), sums_kernel(plan, plan.heads), key_kernels(plan), sums_kernel(plan, plan.key_heads)]
+    )
 
 
 class Pairs(NamedTuple):
@@ -255,7 +253,8 @@ def query_kernels(plan: Plan) -> Cost:
     pairs, M, E = pairs_of(plan), plan.rows, plan.tiles * plan.tile
     D, P = padded(plan.size), padded(plan.grouped_size)
     pulled = D * plan.form.scored + P * _far(plan)
-    flops = 2 * M * M * (pairs.scored * (_scores(plan) + pulled) + pairs.all * E)
+    softmax = plan.form.local == "softmax"  # Its denominator, and the sum over its gradient, come first.
+    flops = 2 * M * M * (pairs.scored * ((1 + 2 * softmax) * _scores(plan) + softmax * E + pulled) + pairs.all * E)
     flops += plan.blocks * plan.form.grouped * 2 * (2 * M * P * E)
     q, k, v, y = _token_bytes(plan)
     return Cost(plan.batch * plan.heads * flops, 0, 2 * q + k + v + y + _partial_bytes(plan, plan.heads))
@@ -286,7 +285,10 @@ COUNTS: dict[str, tuple[tuple[str, ...], Callable[[aot.Case, str, str], Cost]]] 
     "least": (tuple(CHIPS), lambda case, kind, direction: least(axes_of(case), direction)),
     "xla": (tuple(CHIPS), lambda case, kind, direction: xla_form(axes_of(case), direction)),
     "pallas_tpu": (("v5e", "v5p", "v6e"), lambda case, kind, direction: of_inputs(case, tpu_kernel, kind, direction)),
-    "pallas_gpu": (("A100", "H100", "H200"), lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction)),
+    "pallas_gpu": (
+        ("A100", "H100", "H200"),
+        lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction),
+    ),
     "flash": (("A100", "H100", "H200"), lambda case, kind, direction: flash_attention(axes_of(case), direction)),
 }
 
@@ -343,13 +345,19 @@ def compiled_counts(case: aot.Case, direction: str) -> dict[str, float]:
     return jax.jit(backward).lower(arrays, y).compile().cost_analysis()
 
 
+def _wide(case: aot.Case) -> aot.Case:
+    """In float32: a CPU's compiler converts bfloat16 first, and counts the copies."""
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in case.shapes.items()}
+    return aot.Case(shapes, case.options)
+
+
 def compare() -> None:
-    """Prints the counts of XLA's form for one chunk, by hand and by the compiler."""
+    """Prints the counts of XLA's form for one chunk in float32, by hand and by the compiler."""
     rows = []
     tokens = xla.CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else xla.CHUNK_TOKENS_ACCELERATOR
     for name, make in {"llama2_7b": aot.llama2_7b, "flash110m": aot.flash110m}.items():
         for direction in aot.DIRECTIONS:
-            case = make(tokens)
+            case = _wide(make(tokens))
             by_hand, by_compiler = xla_form(axes_of(case), direction), compiled_counts(case, direction)
             flops, moved = by_compiler["flops"], by_compiler["bytes accessed"]
             cells = [f"{by_hand.flops / 1e9:.2f}", f"{flops / 1e9:.2f}", f"{by_hand.bytes_accessed / 1e6:.0f}"]
@@ -362,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiled", action="store_true", help="compare with the compiler's counts instead")
     if parser.parse_args().compiled:
-        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {jnp.bfloat16.dtype.name}")
+        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
         return compare()
     for direction in aot.DIRECTIONS:
         print(f"\n{direction}\n")

@@ -649,7 +649,9 @@ _PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):
 class Config:
     """An experiment: everything that `train.py` needs to know."""
 
-    workdir: str = setting("runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it")
+    workdir: str = setting(
+        "runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it"
+    )
     model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")

@@ -98,7 +98,7 @@ def test_two_processes_stop_and_die_together_and_one_goes_on(config_file, tmp_pa
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

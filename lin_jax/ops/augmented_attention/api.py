@@ -125,7 +125,7 @@ def explain(
     Raises:
         ValueError: as `augmented_attention` does.
     """
-    inputs = make_inputs(q_BTHD, k_BTKD, v_BTKE, **{**_DEFAULTS, **options})
+    inputs = make_inputs(q_BTHD, k_BTKD, v_BTKE, **{**DEFAULTS, **options})
     return choose(inputs, options.get("implementation"))
 
 
@@ -199,7 +199,7 @@ def make_inputs(
 
 
 # The defaults of `augmented_attention`, for `explain`.
-_DEFAULTS = {
+DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(augmented_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty

@@ -17,6 +17,8 @@ from lin_jax.ops.augmented_attention.window_layout import FIELDS, window_back
 LANES = 128
 # Every head of a step is written out in the kernel's program.
 MOST_HEADS = 32
+# What a kernel may use by default.
+LEAST_VMEM = 16 << 20
 # What the compiler may need beside the buffers counted here, as a part of the memory.
 SPARE = 0.15
 
@@ -60,7 +62,7 @@ class Plan:
         rows: tokens in a block.
         back: tokens of the window before it; a divisor or a multiple of `rows`.
         heads: key/value heads in a step.
-        vmem_bytes: what the step may use.
+        vmem_bytes: vector memory that a step may use.
     """
 
     form: Form
@@ -147,7 +149,8 @@ def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
             plan = _plan(inputs, sizes, rows, heads, vmem)
             needed = vmem_needed(plan, direction)
             if needed <= (1 - SPARE) * vmem:
-                return plan
+                # No more than it may need: the compiler keeps arrays of the rest of the program in what is left.
+                return dataclasses.replace(plan, vmem_bytes=min(vmem, max(2 * needed, LEAST_VMEM)))
             least = needed if least is None else min(least, needed)
     if least is None:
         return (

@@ -101,7 +101,6 @@ class Plan:
     initial: bool
     lag: int | None
     itemsize: int
-    interpret: bool
 
     @property
     def rows(self) -> int:
@@ -214,8 +213,8 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
     """The plans for `inputs` on a device of this kind."""
     wide = inputs.v_BTKE.shape[-1] > NARROW
     plans = Plans(
-        _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward"), device_kind),
-        _make_plan(inputs, tuning(device_kind, "backward"), device_kind),
+        _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward")),
+        _make_plan(inputs, tuning(device_kind, "backward")),
     )
     if inputs.fresh:
         return plans
@@ -224,10 +223,11 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
     return Plans(*(dataclasses.replace(plan, context=context) for plan in plans))
 
 
-def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
+def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
-    rows = min(sizes.rows, padded(T))
+    wide = D > NARROW  # Twice the channels in half the rows.
+    rows = min(sizes.rows // 2 if wide else sizes.rows, padded(T))
     aligned = inputs.aligned and inputs.fresh  # What an initial state does not know has to be masked.
     return Plan(
         form=form_of(inputs),
@@ -248,7 +248,6 @@ def _make_plan(inputs: Inputs, sizes: Tuning, device_kind: str) -> Plan:
         initial=not inputs.fresh,
         lag=_lag(rows, inputs.group_size, inputs.local_groups, aligned),
         itemsize=inputs.v_BTKE.dtype.itemsize,
-        interpret="NVIDIA" not in device_kind,
     )
 
 

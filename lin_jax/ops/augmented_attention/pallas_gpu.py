@@ -93,7 +93,7 @@ def _part_of(blocks: int, parts: int, first: int, part: int) -> tuple[int, int]:
 def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gradient: Array | None) -> Array | None:
     """States where parts start, [B, N, K, P, E] float32, or (given the gradient of y) their gradients where parts end.
 
-    None: one part that starts with nothing.
+    The first part's state (the last one's gradient) is left out where it is 0. None: there is no other.
     """
     reverse, zero = y_gradient is not None, None if y_gradient is not None else floats.state_BKPE
     if not plan.form.grouped:
@@ -108,11 +108,10 @@ def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gra
         (Refs(floats, layout, Extra(y_gradient_BTHE=y_gradient)),),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    first = jnp.zeros_like(sums_BNKPE[:, 0]) if zero is None else zero
     continues_BN = _continues(plan, parts, layout, reverse)
     if reverse:
-        return _prefix(first, sums_BNKPE[:, ::-1], None if continues_BN is None else continues_BN[:, ::-1])[:, ::-1]
-    return _prefix(first, sums_BNKPE, continues_BN)
+        return _prefix(None, sums_BNKPE[:, ::-1], None if continues_BN is None else continues_BN[:, ::-1])[:, ::-1]
+    return _prefix(zero, sums_BNKPE, continues_BN)
 
 
 def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> Array | None:
@@ -126,16 +125,21 @@ def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> 
         starts = [_part_of(plan.blocks - plan.first_query, parts, plan.first_query, n)[0] for n in range(parts)]
         tokens = [max(0, start - plan.lag) * plan.rows - 1 for start in starts]
     token_N = np.asarray(tokens)
-    run_BN = jnp.where(token_N < 0, 0, layout.run[:, np.clip(token_N, 0, layout.run.shape[1] - 1)])
+    run_BN = jnp.where((token_N < 0)[None], 0, layout.run[:, np.clip(token_N, 0, layout.run.shape[1] - 1)])
     return run_BN[:, 1:] == run_BN[:, :-1]
 
 
-def _prefix(first_BKPE: Array, sums_BNKPE: Array, continues_BN: Array | None) -> Array:
-    """[B, N + 1, K, P, E]: the first state, and after each sum; where a run ends, what went before is dropped."""
-    sums = jnp.concatenate([first_BKPE[:, None], sums_BNKPE], axis=1)
-    if continues_BN is None:
+def _prefix(first_BKPE: Array | None, sums: Array, continues_BN: Array | None) -> Array:
+    """The state after each sum [B, N, K, P, E], and before them the first, where there is one.
+
+    Where a run ends, what went before is dropped.
+    """
+    starts = None if continues_BN is None else ~continues_BN
+    if first_BKPE is not None:
+        sums = jnp.concatenate([first_BKPE[:, None], sums], axis=1)
+        starts = None if starts is None else jnp.pad(starts, ((0, 0), (1, 0)))
+    if starts is None:
         return jax.lax.associative_scan(jnp.add, sums, axis=1)
-    starts = jnp.pad(~continues_BN, ((0, 0), (1, 0)))
 
     def combine(a: Any, b: Any) -> Any:
         return a[0] | b[0], jnp.where(b[0][..., None, None, None], b[1], a[1] + b[1])
@@ -293,6 +297,6 @@ def _state_gradient(plan: Plan, floats: Floats, layout: Layout | None, y_gradien
     _, q = chunk.operand(plan.form, floats.q_BTHD, floats.grouped_q_BTHP)
     q = jnp.where(own_BT[..., None, None], jnp.asarray(q), 0)
     q = q.reshape(*q.shape[:2], plan.key_heads, plan.sharing, -1)
-    weighted = (floats.alpha_H[:, None] * y_gradient.astype(jnp.float32)).astype(q.dtype)
+    weighted = (floats.alpha_H.reshape(1, 1, -1, 1) * y_gradient.astype(jnp.float32)).astype(q.dtype)
     weighted = weighted.reshape(*q.shape[:4], -1)
     return jnp.einsum("btkjp,btkje->bkpe", q, weighted, preferred_element_type=jnp.float32)

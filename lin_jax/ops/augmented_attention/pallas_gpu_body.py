@@ -439,14 +439,15 @@ def _where(mask: Array | None, x: Array) -> Array:
 
 
 def _first_state(program: _Program, part: Any, tile: Any, run: Any) -> _State:
-    """The state where a part starts: of `state_BNKPE`, or 0."""
+    """The state where a part starts: entry `part` of `state_BNKPE`, or 0 where there is none."""
     plan, ref = program.plan, program.refs.extra.state_BNKPE
     if not plan.form.grouped:
         return _State(None, None)
     if ref is None:
         state = jnp.zeros((padded(plan.grouped_size), plan.tile), jnp.float32)
     else:
-        at, mask = _state_at(program, ref, part, tile)
+        at, mask = _state_at(program, ref, jnp.clip(part, 0, ref.shape[1] - 1), tile)
+        mask &= (part >= 0) & (part < ref.shape[1])
         state = triton.load(at, mask=mask, other=0)
     return _State(state, None if plan.aligned else run)
 
@@ -572,7 +573,13 @@ def forward_kernel(plan: Plan, parts: int, refs: Refs, y_ref: Any) -> None:
         return state
 
     run = None if plan.aligned else program.run_at(_lowest(plan, first) * plan.rows - 1)
-    jax.lax.fori_loop(first, last, block, _first_state(program, part, tile, run))
+    jax.lax.fori_loop(first, last, block, _first_state(program, _entry(program, parts, part), tile, run))
+
+
+def _entry(program: _Program, parts: int, part: Any) -> Any:
+    """Where `state_BNKPE` has the state of a part: the first part's is left out where it is 0."""
+    ref = program.refs.extra.state_BNKPE
+    return part if ref is None else part - (parts - ref.shape[1])
 
 
 def _fold_window(program: _Program, i: Any, state: _State, loaded: dict[int, Any], tile: Any) -> _State:
@@ -690,7 +697,7 @@ def query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: Refs, zeros
         return state, alpha_gradient
 
     run = None if plan.aligned else program.run_at(_lowest(plan, first) * plan.rows - 1)
-    state = _first_state(program, part, tile, run)
+    state = _first_state(program, _entry(program, parts, part), tile, run)
     _, alpha_gradient = jax.lax.fori_loop(first, last, block, (state, jnp.float32(0)))
     if form.grouped:
         outputs.alpha_BHNt[program.b, program.head, part, tile] = alpha_gradient

@@ -5,6 +5,7 @@ A program of the grid loads and stores pieces of whole arrays, with masks; the c
 
 from typing import Any
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -18,13 +19,20 @@ atomic_add = plgpu.atomic_add
 def call(
     kernel: Any, plan: Plan, grid: tuple[int, ...], arguments: Any, outputs: Any, aliases: dict[int, int] | None = None
 ) -> Any:
-    """`kernel(*references to arguments, references to outputs)` for every point of the grid; simulated on a CPU."""
-    (written,) = pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=(outputs,),
-        input_output_aliases=aliases or {},
-        interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=plan.tuning.warps, num_stages=plan.tuning.stages),
-    )(*arguments)
+    """`kernel(*references to arguments, references to outputs)` for every point of the grid.
+
+    The platform that the program is compiled for decides whether the kernel is compiled or simulated.
+    """
+
+    def form(interpret: bool) -> Any:
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=(outputs,),
+            input_output_aliases=aliases or {},
+            interpret=interpret,
+            compiler_params=plgpu.CompilerParams(num_warps=plan.tuning.warps, num_stages=plan.tuning.stages),
+        )
+
+    (written,) = jax.lax.platform_dependent(*arguments, cuda=form(False), default=form(True))
     return written
