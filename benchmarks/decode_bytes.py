@@ -4,7 +4,7 @@
 
 One layer of LLaMA-2-7B's attention (bfloat16; state, window and the last values as `AttentionState` has them): the
 program of `verify_tree`, and that program with `commit_path`, beside the least bytes (everything that it reads or
-writes, once) and beside the layer's weights, which a step reads too. Needs libtpu, see `benchmarks.aot`. Nothing is run.
+writes, once) and beside the layer's weights, which a step reads too. Needs libtpu, see `benchmarks.aot`; nothing runs.
 """
 
 import argparse
