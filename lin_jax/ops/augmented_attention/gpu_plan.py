@@ -226,12 +226,14 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
 def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
     B, T, H, D = inputs.q_BTHD.shape
     _, _, K, E = inputs.v_BTKE.shape
-    wide = D > NARROW  # Twice the channels in half the rows.
-    rows = min(sizes.rows // 2 if wide else sizes.rows, padded(T))
+    # What the table was chosen for is at most 128 channels of bfloat16 or float16, and masks from positions alone. Of
+    # more bytes half as many rows fit the registers, and masks of segments need those of 8 warps.
+    large = D > NARROW or inputs.v_BTKE.dtype.itemsize > 2
+    rows = min(max(16, sizes.rows // 2) if large else sizes.rows, padded(T))
     aligned = inputs.aligned and inputs.fresh  # What an initial state does not know has to be masked.
     return Plan(
         form=form_of(inputs),
-        tuning=dataclasses.replace(sizes, rows=rows),
+        tuning=dataclasses.replace(sizes, rows=rows, warps=sizes.warps if aligned else max(8, sizes.warps)),
         batch=B,
         tokens=T,
         context=0,
