@@ -130,11 +130,11 @@ def copy_bandwidth(options: argparse.Namespace) -> float:
     """Bytes a second that reading an array and writing another one reaches."""
     x = jnp.zeros(options.copy_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1)
-    function, calls = _together(lambda: add(x))
+    function, calls = together(lambda: add(x))
     return 2 * x.nbytes * calls / time_interleaved({"copy": function}, options.repeats)["copy"].minimum
 
 
-def _together(function: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
+def together(function: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
     """A function that makes so many calls that they take a while, and their number; compiles before it counts."""
     for _ in range(2):
         jax.block_until_ready(function())
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace, batch: int, length: int, direction: str
             found[name] = "needs a GPU"
             continue
         try:
-            functions[name], calls[name] = _together(_call(form, arrays, direction))
+            functions[name], calls[name] = together(_call(form, arrays, direction))
         except Exception as error:  # what does not fit or does not compile is a result
             found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
     timings = time_interleaved(functions, options.repeats) if functions else {}

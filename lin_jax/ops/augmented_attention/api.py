@@ -77,8 +77,8 @@ def augmented_attention(
         aligned_state: whether the caller knows that the initial state ends with a group in all rows; without segment
             ids groups then lie alike in all rows, which takes half the local work.
         return_state: also return the state after the last real token (of its sequence; a row of padding keeps its).
-        implementation: "xla" (fused), "reference" (the definition, slow), "pallas_tpu" (a kernel; simulated on a
-            CPU), or None for the best that runs on the default device, see `explain`.
+        implementation: "xla" (fused), "reference" (the definition, slow), "pallas_tpu" or "pallas_gpu" (kernels;
+            simulated on a CPU), or None for the best that runs on the default device, see `explain`.
 
     Returns:
         y_BTHE in the type of v, and the final state if asked for.
