@@ -102,8 +102,9 @@ def test_a_process_reads_any_rows_that_its_devices_hold(monkeypatch):
     parts = [(slice(2, 4), slice(0, 2)), (slice(2, 4), slice(2, 4)), (slice(6, 8), slice(0, 2))]
     monkeypatch.setattr(Sharding, "addressable_devices_indices_map", lambda self, shape: dict(enumerate(parts)))
     made, sharding = [], NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+    whole = jax.numpy.zeros((8, 4))
     monkeypatch.setattr(
-        jax, "make_array_from_callback", lambda shape, where, part: made.extend(map(part, parts)) or ROWS
+        jax, "make_array_from_callback", lambda shape, where, part: made.extend(map(part, parts)) or whole
     )
     feed, rows = Feed(sharding, 8), np.arange(8 * 4).reshape(8, 4)
     np.testing.assert_array_equal(feed.own, [2, 3, 6, 7])

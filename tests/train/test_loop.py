@@ -316,7 +316,7 @@ def test_a_full_disk_does_not_stop_training(config, uninterrupted, monkeypatch):
 def small_disk(tmp_path):
     directory = tmp_path / "disk"
     directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(directory)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
