@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from benchmarks import aot, roofline
 from lin_jax.ops.augmented_attention import augmented_attention
@@ -17,7 +18,7 @@ def products(jaxpr) -> int:
         if equation.primitive.name == "dot_general":
             ((contracted,), _), _ = equation.params["dimension_numbers"]
             total += 2 * equation.outvars[0].aval.size * equation.invars[0].aval.shape[contracted]
-        total += sum(map(products, jax.core.jaxprs_in_params(equation.params)))
+        total += sum(map(products, jaxprs_in_params(equation.params)))
     return total
 
 
@@ -28,7 +29,7 @@ def kernels(jaxpr) -> list:
         if equation.primitive.name == "pallas_call":
             found += [] if equation.params["interpret"] else [equation.params["jaxpr"]]
         else:
-            found += [kernel for inner in jax.core.jaxprs_in_params(equation.params) for kernel in kernels(inner)]
+            found += [kernel for inner in jaxprs_in_params(equation.params) for kernel in kernels(inner)]
     return found
 
 
