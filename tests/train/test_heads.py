@@ -167,7 +167,7 @@ def test_the_accuracy_counts_the_ranks_of_what_was_right(settings, batch):
     assert np.sum(expected) > 0
 
 
-@pytest.mark.parametrize("finetune", [HEADS, JOINT], ids=["heads", "joint"])
+@pytest.mark.parametrize("finetune", [HEADS, pytest.param(JOINT, marks=pytest.mark.slow)], ids=["heads", "joint"])
 def test_the_gradient_reaches_what_trains_alone(settings, batch, finetune):
     structure, trained, frozen, constants = start(settings("unused", finetune))
     weight = finetune.medusa.weight if finetune.trains_model else None
