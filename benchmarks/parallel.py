@@ -112,7 +112,7 @@ def follow(
     parts = parts_of(model, mesh, devices, 8, length, segments)
     state, step, losses, gradient = start(parts), make_step(parts), [], None
     for seed in range(steps):
-        batch = sharding.global_batch(make_batch(8, length, segments, seed), sharding.batch_sharding(parts.partition))
+        batch = jax.device_put(make_batch(8, length, segments, seed), sharding.batch_sharding(parts.partition))
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
         if gradient is None:  # Adam's first mean is a tenth of it.
@@ -202,7 +202,7 @@ def print_memory(length: int) -> None:
         temporaries[devices] = compiled.memory_analysis().temp_size_in_bytes
         print(f"{devices} devices: {temporaries[devices]:,} bytes of temporaries on each", flush=True)
     print(f"ratio {temporaries[1] / temporaries[8]:.2f}")
-    batch = sharding.global_batch(make_batch(1, length, False, 0), sharding.batch_sharding(parts.partition))
+    batch = jax.device_put(make_batch(1, length, False, 0), sharding.batch_sharding(parts.partition))
     begin = time.perf_counter()
     _, metrics = compiled(start(parts), batch)
     print(

@@ -25,7 +25,7 @@ from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.layers.partition import Partition
 from lin_jax.train.loss import LossSums, chunked_loss
-from lin_jax.train.sharding import batch_sharding, batch_shards, global_batch, make_partition
+from lin_jax.train.sharding import batch_sharding, batch_shards, make_partition
 
 Rows = dict[str, np.ndarray]
 _LINES = 10  # of progress, where there is no terminal
@@ -154,7 +154,7 @@ def make_scorer(model: nnx.Module, partition: Partition, *, chunk: int) -> Calla
         hidden_BTC = merged.features(batch["tokens"], None, partition)
         return chunked_loss(merged.head, hidden_BTC, batch["targets"], batch["weights"], chunk=chunk)
 
-    return lambda batch: score(state, global_batch(batch, sharding))
+    return lambda batch: score(state, jax.device_put(batch, sharding))
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ dimensions of their activations alike; `MESH_AXES` says along which axes of the 
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -193,11 +193,6 @@ def batch_sharding(partition: Partition) -> NamedSharding:
 def replicated(partition: Partition) -> NamedSharding:
     """A whole copy on every device."""
     return partition.place()
-
-
-def global_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows of a batch, [b, T] each, as parts of arrays over all devices of all processes."""
-    return {key: jax.make_array_from_process_local_data(sharding, rows) for key, rows in batch.items()}
 
 
 def show_sharding(partition: Partition, shapes: Any, shardings: Any) -> str:

@@ -177,9 +177,10 @@ class TestChoice:
 
 
 @pytest.mark.skipif(not cuda_targets.available(), reason="jax-cuda12-plugin and jax-cuda12-pjrt are not installed")
-def test_compiles_for_a_gpu_and_blocks_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("target", ["a100", "h100"])
+def test_compiles_for_a_gpu_and_blocks_that_do_not_fit_are_refused(target):
     """In a process of its own: the compiler serves one target a process."""
-    command = [sys.executable, "-m", "benchmarks.aot", "--targets", "a100", "--check"]
+    command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, "--check"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr

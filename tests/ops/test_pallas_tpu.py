@@ -194,14 +194,26 @@ class TestChoice:
             make_case(0)("pallas_tpu")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
-def test_compiles_for_a_tpu_and_illegal_blocks_are_refused():
-    """In a process of its own: libtpu compiles for one target a process."""
-    command = [sys.executable, "-m", "benchmarks.aot", "--targets", "v5e", "--check"]
+def compile_ahead(target, *options):
+    """What `benchmarks.aot` prints, as a mapping; in a process of its own: libtpu compiles for one target a process."""
+    command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, *options]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    found = dict(line.split(": ", 1) for line in result.stdout.splitlines())
-    assert found["forward"] == found["backward"] == "compiled"
-    assert "128" in found["half a tile of lanes"]
-    assert "vmem" in found["more memory than it may use"].lower()
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("target", ["v4", "v5e", "v5p", "v6e"])
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
+class TestCompiled:
+    def test_compiles_and_illegal_blocks_are_refused(self, target):
+        found = compile_ahead(target, "--check")
+        assert found["forward"] == found["backward"] == "compiled"
+        assert "128" in found["half a tile of lanes"]
+        assert "vmem" in found["more memory than it may use"].lower()
+
+    def test_a_sharded_training_step_calls_all_passes(self, target):
+        found = compile_ahead(target, "--train", "--implementations", "pallas_tpu")
+        assert len(found) == 2
+        for told in found.values():
+            assert "MB a device, kernels ['forward', 'queries', 'keys']" in told

@@ -12,7 +12,7 @@ import pytest
 
 from lin_jax.config import MeshConfig, OptimizerConfig
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.sharding import batch_sharding, global_batch, make_partition
+from lin_jax.train.sharding import batch_sharding, make_partition
 from lin_jax.train.state import initial_state, make_structure, state_shardings
 from lin_jax.train.step import (
     LossSettings,
@@ -80,7 +80,7 @@ def run_steps(mesh_config, devices, microbatches):
     state, step, _ = setup(partition, microbatches)
     losses = []
     for seed in range(3):
-        state, metrics = step(state, global_batch(make_batch(seed=seed), batch_sharding(partition)))
+        state, metrics = step(state, jax.device_put(make_batch(seed=seed), batch_sharding(partition)))
         losses.append((float(metrics.loss), float(metrics.gradient_norm)))
     return losses, jax.device_get(state.parameters)
 
@@ -106,7 +106,7 @@ def test_only_parameters_cross_devices():
     partition = make_partition(MeshConfig(data=2, fsdp=4))
     state, step, _ = setup(partition)
     rows, length = 40, 11  # sizes that no parameter has
-    text = step.lower(state, global_batch(make_batch(rows, length), batch_sharding(partition))).compile().as_text()
+    text = step.lower(state, jax.device_put(make_batch(rows, length), batch_sharding(partition))).compile().as_text()
     pattern = r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
     shapes = [
         [int(size) for size in dimensions.split(",") if size]
@@ -133,7 +133,7 @@ def test_update_is_adamw_with_masked_decay():
     before = jax.device_get(state.parameters)
     batch = make_batch()
     _, gradient = jax.jit(jax.value_and_grad(plain_loss))(before, jax.device_get(state.constants), batch)
-    after, metrics = step(state, global_batch(batch, batch_sharding(partition)))
+    after, metrics = step(state, jax.device_put(batch, batch_sharding(partition)))
     norm = optax.tree.norm(gradient)
     np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-5)
     clip = min(1.0, CONFIG.gradient_clip / float(norm))
@@ -157,13 +157,13 @@ def test_update_is_adamw_with_masked_decay():
 def test_non_finite_steps_are_skipped_and_counted():
     partition = make_partition(MeshConfig(data=2, fsdp=4))
     state, step, _ = setup(partition)
-    state, _ = step(state, global_batch(make_batch(), batch_sharding(partition)))
+    state, _ = step(state, jax.device_put(make_batch(), batch_sharding(partition)))
     before = jax.device_get((state.parameters, state.optimizer.inner_state))
     bad = make_batch(seed=1)
     bad["weights"][3, 1] = np.inf
     counts = []
     for batch in (bad, bad, make_batch(seed=2)):
-        state, metrics = step(state, global_batch(batch, batch_sharding(partition)))
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(partition)))
         counts.append((int(metrics.skipped_in_a_row), int(metrics.skipped), int(state.step)))
         if batch is bad:
             after = jax.device_get((state.parameters, state.optimizer.inner_state))
@@ -179,7 +179,7 @@ def test_a_batch_without_weight_leaves_no_nan():
     state, step, _ = setup(partition)
     batch = make_batch()
     batch["weights"][:] = 0
-    state, metrics = step(state, global_batch(batch, batch_sharding(partition)))
+    state, metrics = step(state, jax.device_put(batch, batch_sharding(partition)))
     assert float(metrics.loss) == 0 and int(metrics.skipped) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.parameters)))
 
@@ -190,7 +190,7 @@ def test_evaluation_leaves_out_the_z_loss():
     batch = make_batch()
     loss = language_model_loss(STRUCTURE, dataclasses.replace(SETTINGS, z_loss=0.0), partition)
     sums = make_evaluation_step(loss, shardings, partition)(
-        state.parameters, state.frozen, state.constants, global_batch(batch, batch_sharding(partition))
+        state.parameters, state.frozen, state.constants, jax.device_put(batch, batch_sharding(partition))
     )
     logits = STRUCTURE.merge(jax.device_get(state.parameters), jax.device_get(state.constants))(
         batch["tokens"], batch["segment_ids"]
