@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -103,7 +104,7 @@ class Cluster:
         codes = [one.process.wait(START_SECONDS) for one in processes]
         if any(codes):
             raise RuntimeError("\n".join(f"{one.process.args}: {one.text}" for one in processes))
-        silent = all("step" not in one.text and "finished" not in one.text for one in processes[1:])
+        silent = not any(re.search(r"^(step|finished) \d", one.text, re.MULTILINE) for one in processes[1:])
         require(silent, "only process 0 prints")
         return self.ending(name)
 

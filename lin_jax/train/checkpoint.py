@@ -20,7 +20,7 @@ from lin_jax.config import CheckpointConfig, Config, ConfigError, first_line, re
 from lin_jax.overrides import config_from_dict, config_to_dict
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
-from lin_jax.train.distributed import wait_for_all
+from lin_jax.train.distributed import lost_another, wait_for_all
 from lin_jax.train.state import TrainState
 from lin_jax.train.workdir import checkpoints_directory, read_meta, reader, saved_steps
 
@@ -205,8 +205,11 @@ class Checkpoints:
     def _give_up(self, step: int, error: Exception) -> None:
         """Drop a failed save with what it left on the disk; the manager would count it as done.
 
-        One process of several cannot go on alone, since the others may not know.
+        One process of several cannot go on alone, since the others may not know. Nor can it save without them: then
+        it is not the disk that is to blame.
         """
+        if jax.process_count() > 1 and lost_another(error):
+            raise error
         message = f"checkpoint {step} could not be saved ({first_line(error)})"
         require(jax.process_count() == 1, f"{message}: see to {self._directory}, then run again")
         self._report(

@@ -111,6 +111,11 @@ def agree_on(value: Any) -> Any:
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))))
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether an error of a collective, or of what waits for one, says that another process is gone."""
+    return any(sign in str(error) for sign in _LOST)
+
+
 def settled(result: Any) -> Any:
     """`result`, waited for where programs that do not wait for each other's results must not run at once.
 
@@ -200,7 +205,7 @@ def _tell(place: Place, error: BaseException) -> None:
     if isinstance(error, ConfigError):
         print(f"error: {place}: {text}", file=sys.stderr)
         return
-    if not any(sign in str(error) for sign in _LOST):
+    if not lost_another(error):
         traceback.print_exception(error)
     print(f"error: {place} has to stop ({text}); {AGAIN}", file=sys.stderr)
 

@@ -364,6 +364,23 @@ def test_a_last_checkpoint_that_fails_is_an_error(config, monkeypatch):
         train(change(config, "train.steps=3", "optimizer.warmup_steps=0"), lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ConfigError, "checkpoint 5 could not be saved .*: see to"),
+        (RuntimeError("Gloo all-reduce failed: Connection closed by peer"), RuntimeError, "Connection closed"),
+    ],
+)
+def test_of_several_processes_none_goes_on_without_a_checkpoint(config, monkeypatch, error, raised, said):
+    def save(self, step, *arguments, **options):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    with pytest.raises(raised, match=said):
+        train(config, lambda line: None)
+
+
 def test_divergence_ends_the_run(config):
     with pytest.raises(ConfigError, match="not finite for . steps in a row"):
         train(change(config, "train.max_skipped=3", "optimizer.peak_learning_rate=1e30", "optimizer.warmup_steps=0"))
