@@ -102,9 +102,14 @@ def test_a_compiler_that_runs_out_of_memory_is_understood():
     told = RuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
     )
-    assert _too_large(told, 3.0) == TooLarge(int(20.5 * GIB), int(15.75 * GIB), 3.0)
+    assert _too_large(told, GIB, 3.0) == TooLarge(int(20.5 * GIB), int(15.75 * GIB), 3.0)
+    told = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.50G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert _too_large(told, GIB, 3.0) == TooLarge(int(19.5 * GIB), int(15.75 * GIB), 3.0)
     with pytest.raises(RuntimeError, match="other"):
-        _too_large(RuntimeError("something other"), 1.0)
+        _too_large(RuntimeError("something other"), GIB, 1.0)
 
 
 @pytest.fixture

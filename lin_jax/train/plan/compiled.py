@@ -1,6 +1,7 @@
 """A training step compiled for devices that need not be there, and what its compiler says of it."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ _KERNEL = re.compile(
     r'%([\w\-]+?)[.\d]* = [^\n]*custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"'
 )
 _OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# Said where what is between the arguments is too large by itself.
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ def compile_step(traced: Traced) -> Step | TooLarge:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(error, time.perf_counter() - start)
+            return _too_large(error, sizes(traced.state)[0], time.perf_counter() - start)
     return _step(compiled, time.perf_counter() - start)
 
 
@@ -104,10 +107,18 @@ def _step(compiled: Any, seconds: float) -> Step:
     )
 
 
-def _too_large(error: Exception, seconds: float) -> TooLarge:
+def sizes(tree: Any) -> tuple[int, int]:
+    """Bytes on each device, and altogether."""
+    leaves = jax.tree.leaves(tree)
+    own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return own, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _too_large(error: Exception, state: int, seconds: float) -> TooLarge:
     """What the compiler says of a program that is too large; any other error is raised again."""
-    told = _OVERFLOW.search(str(error))
+    whole, temporaries = _OVERFLOW.search(str(error)), _TEMPORARIES.search(str(error))
+    told = whole or temporaries
     if told is None:
         raise error
     used, limit = (int(float(told[i]) * _UNITS[told[i + 1].upper()]) for i in (1, 3))
-    return TooLarge(used, limit, seconds)
+    return TooLarge(used if whole else used + state, limit, seconds)

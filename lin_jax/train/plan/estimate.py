@@ -15,7 +15,7 @@ from lin_jax.layers.attention import layer_kinds
 from lin_jax.models.flops import matrices
 from lin_jax.ops.softmax_tpu import LANES
 from lin_jax.ops.whole_row import QUERIES
-from lin_jax.train.plan.compiled import Traced
+from lin_jax.train.plan.compiled import Traced, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,6 @@ def measure_state(traced: Traced) -> State:
 def _tensor(traced: Traced) -> int:
     """Parts into which heads and feed-forward layers are cut."""
     return traced.parts.mesh.shape.get("tensor", 1)
-
-
-def sizes(tree: Any) -> tuple[int, int]:
-    """Bytes on each device, and altogether."""
-    leaves = jax.tree.leaves(tree)
-    own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    return own, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
