@@ -71,7 +71,7 @@ def main() -> None:
     """Trains, and compares with the first implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_tpu"])
+    parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_tpu", "pallas_gpu"])
     options = parser.parse_args()
     print_machine(describe_machine())
     rows = []

@@ -5,7 +5,6 @@ Counted are the products with matrices and the attention; element-wise work is t
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import numpy as np
