@@ -370,7 +370,6 @@ def test_official_names_go_back_bit_for_bit(case: Golden) -> None:
         np.testing.assert_array_equal(array, theirs[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if c.family == "medusa"], ids=lambda case: case.name)
 def test_medusa_speaks_as_the_official_code_does(case: Golden) -> None:
     """Greedy generation with the heads gives the official tokens of plain recomputation; heads go back bit for bit."""

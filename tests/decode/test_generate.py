@@ -54,7 +54,7 @@ def augmented(stories):
     return linearized(stories[0])
 
 
-@pytest.fixture(scope="module", params=[pytest.param("softmax", marks=pytest.mark.slow), "augmented"])
+@pytest.fixture(scope="module", params=["softmax", "augmented"])
 def model(request, stories, augmented):
     return stories[0] if request.param == "softmax" else augmented
 
@@ -123,7 +123,6 @@ def test_samples_do_not_depend_on_draft_or_batch(augmented, ids, heads, tree):
     assert any((a.tokens != b.tokens).any() for a, b in zip(generate_tokens(model, other, ids), plain, strict=True))
 
 
-@pytest.mark.slow
 def test_typical_acceptance_keeps_more(stories, ids, heads, tree):
     sampling = SamplingConfig(temperature=0.7)
     config = GenerateConfig(max_new_tokens=40, draft="medusa", sampling=sampling, tree=tree)

@@ -110,7 +110,6 @@ def test_an_ablation_is_the_model_with_another_attention_and_the_same_parameters
     assert np.abs(np.asarray(other(tokens) - model(tokens))).max() > 1e-3
 
 
-@pytest.mark.slow
 def test_the_parts_of_a_step_are_timed(model, config):
     found = compare_attentions(
         model, BytesTokenizer(), PROMPTS[:1], config, methods=["medusa"], split=True, report=lambda x: None

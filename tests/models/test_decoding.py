@@ -35,12 +35,6 @@ LLAMA = {
     "grouped": {"local": "none", "convolution": 0, "feature_map": "elu1"},
     "hybrid": {"softmax_layers": (1,), "local_weight": "learned"},
 }
-# What others cover in part: the ops' own tests have every attention.
-SLOW = {
-    *(("flash", name) for name in ("castling_alone", "fourier", "favor_grouped_only")),
-    *(("llama", name) for name in ("softmax_local_alone", "laplace", "grouped")),
-    ("gpt2", "hybrid"),
-}
 TREE = tree_from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0]])
 LENGTHS = np.array([9, 3, 0])
 
@@ -90,7 +84,7 @@ def features_of(model, rows):
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param(family, name, marks=[pytest.mark.slow] if (family, name) in SLOW else [])
+        (family, name)
         for family, names in (("flash", FLASH), ("llama", LLAMA), ("gpt2", ("plain", "hybrid")))
         for name in names
     ],

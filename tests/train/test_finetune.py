@@ -168,7 +168,6 @@ def test_a_base_that_is_gone_is_told(finished, tmp_path, base):
         shutil.move(hidden, base)
 
 
-@pytest.mark.slow
 def test_the_next_stage_starts_from_the_merged_model(finished, settings, tmp_path):
     """Two stages: the second run's first loss is the first run's last validation, on the same text."""
     first = settings(

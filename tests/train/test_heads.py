@@ -167,7 +167,7 @@ def test_the_accuracy_counts_the_ranks_of_what_was_right(settings, batch):
     assert np.sum(expected) > 0
 
 
-@pytest.mark.parametrize("finetune", [HEADS, pytest.param(JOINT, marks=pytest.mark.slow)], ids=["heads", "joint"])
+@pytest.mark.parametrize("finetune", [HEADS, JOINT], ids=["heads", "joint"])
 def test_the_gradient_reaches_what_trains_alone(settings, batch, finetune):
     structure, trained, frozen, constants = start(settings("unused", finetune))
     weight = finetune.medusa.weight if finetune.trains_model else None
@@ -215,7 +215,6 @@ def test_a_run_that_was_cut_goes_on_exactly(finished, tmp_path):
         np.testing.assert_array_equal(again[name], array, err_msg=name)
 
 
-@pytest.mark.slow
 def test_generation_with_the_run_and_its_tree_is_greedy(finished):
     config, _ = finished
     model, _ = lin_jax.load(config.workdir)
@@ -241,7 +240,6 @@ def test_the_heads_of_a_run_can_be_taken_elsewhere(finished, tmp_path):
     np.testing.assert_array_equal(lin_jax.load(tmp_path / "run")[0].medusa(x), model.medusa(x))
 
 
-@pytest.mark.slow
 def test_both_train_from_a_run_of_heads(finished, settings, tmp_path):
     config, _ = finished
     joint = dataclasses.replace(

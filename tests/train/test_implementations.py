@@ -8,7 +8,6 @@ from benchmarks.implementations import losses
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.slow
 def test_twenty_steps_have_the_losses_of_xla():
     expected = losses("flash", "xla")
     assert expected[-1] < expected[0] - 0.1
