@@ -71,7 +71,12 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
     np.testing.assert_allclose(sums.loss / sums.weight, value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / sums.weight, b, rtol=1e-4, atol=1e-7), gradient, expected)
+
+    def compare(found, truth):
+        # Sums in another order: entries are as exact as the largest one allows (1.4e-6 of it, with jax 0.12).
+        np.testing.assert_allclose(found / sums.weight, truth, rtol=0, atol=3e-6 * np.abs(truth).max())
+
+    jax.tree.map(compare, gradient, expected)
 
 
 @functools.cache
