@@ -345,7 +345,7 @@ def compiled_counts(case: aot.Case, direction: str) -> dict[str, float]:
     return jax.jit(backward).lower(arrays, y).compile().cost_analysis()
 
 
-def _wide(case: aot.Case) -> aot.Case:
+def in_float32(case: aot.Case) -> aot.Case:
     """In float32: a CPU's compiler converts bfloat16 first, and counts the copies."""
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in case.shapes.items()}
     return aot.Case(shapes, case.options)
@@ -357,7 +357,7 @@ def compare() -> None:
     tokens = xla.CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else xla.CHUNK_TOKENS_ACCELERATOR
     for name, make in {"llama2_7b": aot.llama2_7b, "flash110m": aot.flash110m}.items():
         for direction in aot.DIRECTIONS:
-            case = _wide(make(tokens))
+            case = in_float32(make(tokens))
             by_hand, by_compiler = xla_form(axes_of(case), direction), compiled_counts(case, direction)
             flops, moved = by_compiler["flops"], by_compiler["bytes accessed"]
             cells = [f"{by_hand.flops / 1e9:.2f}", f"{flops / 1e9:.2f}", f"{by_hand.bytes_accessed / 1e6:.0f}"]

@@ -58,8 +58,7 @@ def test_products_of_the_gpu_kernels(options):
 
 def test_products_of_xla_s_form():
     """As its compiler counts them, for one chunk of tokens."""
-    case = aot.make(1, 512, 2, 2, 32, 32, taps=8, local="relu2", group_size=64)
-    case = aot.Case({n: jax.ShapeDtypeStruct(x.shape, jnp.float32) for n, x in case.shapes.items()}, case.options)
+    case = roofline.in_float32(aot.make(1, 512, 2, 2, 32, 32, taps=8, local="relu2", group_size=64))
     by_hand = roofline.xla_form(roofline.axes_of(case), "forward")
     by_compiler = roofline.compiled_counts(case, "forward")
     np.testing.assert_allclose(by_compiler["flops"], by_hand.flops, rtol=0.1)

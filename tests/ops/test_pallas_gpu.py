@@ -1,9 +1,6 @@
 """The GPU kernels, simulated: what the shared tests of the op do not reach; and compiled, where the compiler is."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from benchmarks import cuda_targets
 from lin_jax.ops.augmented_attention import augmented_attention, explain, gpu_plan, select
 from lin_jax.ops.augmented_attention.api import DEFAULTS, make_inputs
+from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
 from tests.ops.test_augmented_attention import relative_error
 
@@ -179,11 +177,6 @@ class TestChoice:
 @pytest.mark.skipif(not cuda_targets.available(), reason="jax-cuda12-plugin and jax-cuda12-pjrt are not installed")
 @pytest.mark.parametrize("target", ["a100", "h100"])
 def test_compiles_for_a_gpu_and_blocks_that_do_not_fit_are_refused(target):
-    """In a process of its own: the compiler serves one target a process."""
-    command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, "--check"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    found = compile_ahead(target, "--check")
     assert found["forward"] == found["backward"] == "compiled"
     assert "Shared memory size limit exceeded" in found["more memory than it may use"]

@@ -4,9 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lin_jax.ops.augmented_attention import augmented_attention, explain, pallas_tpu, select
 from lin_jax.ops.augmented_attention.blocks import table
+from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
 from tests.ops.test_augmented_attention import relative_error
 
@@ -192,15 +190,6 @@ class TestChoice:
         monkeypatch.setattr(select, "target", lambda: select.Target("gpu", "NVIDIA H100"))
         with pytest.raises(ValueError, match="pallas_tpu cannot run: it needs a TPU, but the device is NVIDIA H100"):
             make_case(0)("pallas_tpu")
-
-
-def compile_ahead(target, *options):
-    """What `benchmarks.aot` prints, as a mapping; in a process of its own: libtpu compiles for one target a process."""
-    command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, *options]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return dict(line.split(": ", 1) for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize("target", ["v4", "v5e", "v5p", "v6e"])
