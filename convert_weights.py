@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lin_jax.config import ABLATIONS, ConfigError
 from lin_jax.convert.program import convert
+from lin_jax.experiment import ABLATIONS, ConfigError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lin_jax.config import ConfigError
 from lin_jax.evaluate.arguments import make_parser
 from lin_jax.evaluate.tasks import TASKS
+from lin_jax.experiment import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

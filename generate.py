@@ -21,13 +21,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lin_jax.config import ConfigError
 from lin_jax.convert.load import load, tokenizer_files_of
 from lin_jax.decode.arguments import config_of, make_parser
 from lin_jax.decode.chat import ChatTemplate, talk
 from lin_jax.decode.jsonl import make_job
 from lin_jax.decode.stream import print_texts
 from lin_jax.decode.text import TextGenerator
+from lin_jax.experiment import ConfigError
 
 
 def run(given: argparse.Namespace) -> None:

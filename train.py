@@ -8,11 +8,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from lin_jax.config import Config, ConfigError
-from lin_jax.overrides import config_parser, load_config
+from lin_jax.experiment import Config, ConfigError
+from lin_jax.plan import plan, prepare_plan
+from lin_jax.settings.command_line import config_parser, load_config
 from lin_jax.train.distributed import joined, only_first
 from lin_jax.train.loop import describe, show_sharding, train
-from lin_jax.train.plan import plan, prepare_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,9 +29,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import cuda_targets
 from benchmarks.common import write_json
-from lin_jax.config import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
-from lin_jax.ops.augmented_attention import augmented_attention, gpu_plan, pallas_tpu
-from lin_jax.ops.augmented_attention.blocks import make_plan
+from lin_jax.experiment import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
+from lin_jax.ops.linear_attention import augmented_attention
+from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
+from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
+from lin_jax.ops.linear_attention.tpu.blocks import make_plan
 from lin_jax.train import sharding
 from lin_jax.train.loop import abstract_batch, make_parts, make_step
 from lin_jax.train.state import abstract_state

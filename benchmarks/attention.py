@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import common
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.linear_attention import augmented_attention
 
 TOLERANCE = 1e-4
 FUSED = "fused"

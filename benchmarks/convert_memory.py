@@ -17,12 +17,12 @@ import numpy as np
 import tokenizers
 
 from benchmarks.common import describe_machine, print_machine, print_table
-from lin_jax.config import AttentionConfig, LlamaConfig
 from lin_jax.convert import checkpoint_files, llama
 from lin_jax.convert.checkpoint_files import write_tensors
 from lin_jax.convert.hugging_face import shapes_of
 from lin_jax.convert.names import tensors_of
 from lin_jax.convert.tensors import Tensor
+from lin_jax.experiment import AttentionConfig, LlamaConfig
 
 MIB = 1 << 20
 # What a conversion imports, and nothing else.

@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import common
-from lin_jax.config import AttentionConfig, GenerateConfig, LlamaConfig
 from lin_jax.decode.generate import Generator, Progress
+from lin_jax.experiment import AttentionConfig, GenerateConfig, LlamaConfig
 from lin_jax.models.language_model import ModelState
 from lin_jax.models.registry import create_model
 

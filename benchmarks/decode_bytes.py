@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import aot
 from benchmarks.common import print_table
-from lin_jax.ops.augmented_attention.verify import commit_path, verify_tree
-from lin_jax.ops.state import Pending, empty_state
+from lin_jax.ops.linear_attention.state import Pending, empty_state
+from lin_jax.ops.linear_attention.verify import commit_path, verify_tree
 from lin_jax.ops.tree import chain
 
 H, D, G, W = 32, 128, 64, 32

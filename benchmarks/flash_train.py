@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from lin_jax.config import AttentionConfig, FlashConfig, MeshConfig, OptimizerConfig, TrainConfig
 from lin_jax.convert.flash import to_official
+from lin_jax.experiment import AttentionConfig, FlashConfig, MeshConfig, OptimizerConfig, TrainConfig
 from lin_jax.models.registry import create_model
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import make_partition

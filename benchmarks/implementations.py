@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import describe_machine, print_machine, print_table
-from lin_jax.config import AttentionConfig, Config, DataConfig, FlashConfig, LlamaConfig, OptimizerConfig, TrainConfig
+from lin_jax.experiment import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    FlashConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from lin_jax.train.loop import make_parts, make_step
 from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import initial_state

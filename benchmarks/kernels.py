@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import Timing, describe_machine, print_machine, print_table, time_interleaved, write_json
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.linear_attention import augmented_attention
 
 PASSES = ("forward", "forward+backward")
 # Calls of one measurement together take about this long, so that their dispatch counts for little.

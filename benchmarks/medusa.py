@@ -20,8 +20,8 @@ import numpy as np
 
 import lin_jax
 from benchmarks.linearize import ROOT, SEPARATOR, run, split_stories
-from lin_jax.config import GenerateConfig
 from lin_jax.decode.own_texts import write_own_texts
+from lin_jax.experiment import GenerateConfig
 
 CONFIG = ROOT / "configs" / "medusa_stories260k.py"
 ATTENTION = {

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     Config,
     DataConfig,

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import describe_machine, print_machine, print_table
-from lin_jax.config import AttentionConfig, GenerateConfig, LlamaConfig
 from lin_jax.decode.generate import generate_tokens
+from lin_jax.experiment import AttentionConfig, GenerateConfig, LlamaConfig
 from lin_jax.models.registry import create_model
 
 NEW = 32

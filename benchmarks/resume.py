@@ -29,7 +29,7 @@ from lin_jax.train.saved_model import load_model
 ROOT = Path(__file__).parent.parent
 BATCH = 8
 CONFIG = """
-from lin_jax.config import *
+from lin_jax.experiment import *
 
 def get_config():
     return Config(

@@ -25,11 +25,13 @@ import jax.numpy as jnp
 
 from benchmarks import aot
 from benchmarks.common import print_table
-from lin_jax.ops.augmented_attention import blocks, cost, gpu_plan, xla
-from lin_jax.ops.augmented_attention.api import DEFAULTS, make_inputs
-from lin_jax.ops.augmented_attention.cost import Cost
-from lin_jax.ops.augmented_attention.gpu_plan import Plan, padded
-from lin_jax.ops.augmented_attention.inputs import Inputs
+from lin_jax.ops.linear_attention import xla
+from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
+from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
+from lin_jax.ops.linear_attention.gpu.blocks import Plan, padded
+from lin_jax.ops.linear_attention.inputs import Inputs
+from lin_jax.ops.linear_attention.tpu import blocks, cost
+from lin_jax.ops.linear_attention.tpu.cost import Cost
 
 
 class Chip(NamedTuple):

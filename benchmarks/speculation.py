@@ -19,8 +19,8 @@ from flax import nnx
 
 import lin_jax
 from benchmarks import common
-from lin_jax.config import AttentionConfig, GenerateConfig, MedusaConfig
 from lin_jax.decode.generate import Generated, Generator
+from lin_jax.experiment import AttentionConfig, GenerateConfig, MedusaConfig
 from lin_jax.models.medusa import start_heads
 from lin_jax.models.registry import create_model
 

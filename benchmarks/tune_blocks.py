@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.aot import DIRECTIONS, Case, flash110m, llama2_7b, make
 from benchmarks.common import describe_machine, print_machine, time_interleaved
-from lin_jax.ops.augmented_attention.blocks import table
+from lin_jax.ops.linear_attention.tpu.blocks import table
 
 # A shape for each range of value sizes in the table: its largest value size, and the case.
 SHAPES: dict[str, tuple[int, Callable[[], Case]]] = {

@@ -1,4 +1,4 @@
-"""Times the GPU kernels with every combination of block sizes, and prints a row for `gpu_blocks.toml`.
+"""Times the GPU kernels with every combination of block sizes, and prints a row for `gpu/blocks.toml`.
 
     python -m benchmarks.tune_gpu_blocks [--tokens 32768] [--rows 32 64 128]
 
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from benchmarks import aot
 from benchmarks.common import describe_machine, print_machine
 from benchmarks.kernels import together
-from lin_jax.ops.augmented_attention import gpu_plan
-from lin_jax.ops.augmented_attention.gpu_plan import Tuning
+from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
+from lin_jax.ops.linear_attention.gpu.blocks import Tuning
 
 SHAPES = {"forward": ("llama2_7b",), "forward_wide": ("flash110m",), "backward": ("llama2_7b", "flash110m")}
 

@@ -5,10 +5,10 @@ As it is, a step holds 128 rows of activations over all devices, as on the offic
 file's name 64, on eight TPU v5e. One device: --config.train.microbatches=16 --config.model.remat=full, 16 rows in 5 GiB
 (compiled for a CPU, no accelerator tried). What a step needs is printed by --config.plan=a100:8 or v5e:2x4, and is in
 docs/pods.md.
-Rows of the ablation table: --config.model.attention=local_grouped (any name of lin_jax.config.ABLATIONS)
+Rows of the ablation table: --config.model.attention=local_grouped (any name of lin_jax.attentions.settings.ABLATIONS)
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

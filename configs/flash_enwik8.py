@@ -9,7 +9,7 @@ The usual split is 90, 5 and 5 MB; with the file `enwik8` in `data/enwik8/`:
 Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -10,7 +10,7 @@ a vocabulary of its own, in minutes on a CPU. Files elsewhere: --config.data.pat
 --config.data.validation_path=FILE
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -11,7 +11,7 @@ default), v5p-32 (16 chips), 8xa100 and 8xh100. What it needs there is printed b
 a100:8 or h100:8, and is in docs/pods.md.
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -5,7 +5,7 @@ others with --config.data.path. `configs/medusa_llama2_7b.py:joint` trains adapt
 run of heads. What it needs on each of 8 devices: --config.plan=cpu:8
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -12,7 +12,7 @@ lets the model write, trains, and compares. `configs/medusa_stories260k.py:augme
 trains the model too (Medusa-2), on the same texts.
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

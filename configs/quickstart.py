@@ -1,6 +1,6 @@
 """A small byte-level FLASH on this Python's own library: a trained model in about five minutes on two CPU cores."""
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -10,7 +10,7 @@ new attention learns what the old one gives; go on from it with
 --config.finetune.checkpoint=runs/stories260k/transfer.
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

@@ -1,10 +1,10 @@
 """The paper's ablations at a size for one CPU: 300 steps of a small FLASH on WikiText-2.
 
 One row of the table each: --config.model.attention=NAME --config.workdir=runs/wikitext2/NAME, with a name of
-lin_jax.config.ABLATIONS. Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
+lin_jax.attentions.settings.ABLATIONS. Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
 """
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,

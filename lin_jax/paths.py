@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
-from lin_jax.config import ConfigError, first_line, require
+from lin_jax.settings.base import ConfigError, first_line, require
 
 # Checkpoints can be in no other remote place.
 SCHEME = "gs://"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     ABLATIONS,
     AttentionConfig,
     CheckpointConfig,

@@ -13,15 +13,6 @@ from flax import nnx
 
 import generate as program
 import lin_jax
-from lin_jax.config import (
-    AttentionConfig,
-    Config,
-    ConfigError,
-    GenerateConfig,
-    LlamaConfig,
-    MedusaConfig,
-    SamplingConfig,
-)
 from lin_jax.convert.medusa import write_heads
 from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer
 from lin_jax.decode.chat import Chat, ChatTemplate
@@ -30,6 +21,15 @@ from lin_jax.decode.jsonl import Job
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.stream import settled, stream_texts
 from lin_jax.decode.text import Continuation, TextGenerator, make_config
+from lin_jax.experiment import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    GenerateConfig,
+    LlamaConfig,
+    MedusaConfig,
+    SamplingConfig,
+)
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.train.saved_model import save_model

@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, GenerateConfig, ablate
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.flash import config_from_official, from_official, to_official
 from lin_jax.convert.hugging_face import read_hugging_face
@@ -18,12 +17,13 @@ from lin_jax.convert.names import load, to_theirs
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads
 from lin_jax.decode.generate import generate_tokens
-from lin_jax.layers.gated_attention import place
+from lin_jax.experiment import AttentionConfig, GenerateConfig, ablate
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.layers.rope import rotation
+from lin_jax.models.gated_attention import place
 from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
-from lin_jax.ops.augmented_attention import verify
+from lin_jax.ops.linear_attention import verify
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
 from tests.golden import Golden, directory, golden_cases
 

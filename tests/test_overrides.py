@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     ABLATIONS,
     AttentionConfig,
     Config,
@@ -16,7 +16,7 @@ from lin_jax.config import (
     RopeConfig,
     ablate,
 )
-from lin_jax.overrides import (
+from lin_jax.settings.command_line import (
     apply_overrides,
     config_from_dict,
     config_parser,
@@ -30,7 +30,7 @@ from lin_jax.overrides import (
 def config_file(tmp_path):
     file = tmp_path / "experiment.py"
     file.write_text(
-        "from lin_jax.config import Config\ndef get_config(name='default'):\n    return Config(workdir=name)\n"
+        "from lin_jax.experiment import Config\ndef get_config(name='default'):\n    return Config(workdir=name)\n"
     )
     return str(file)
 

@@ -18,7 +18,7 @@ from lin_jax.train.saved_model import load_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-from lin_jax.config import *
+from lin_jax.experiment import *
 
 def get_config(workdir):
     return Config(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.config import ConfigError, require
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.tensors import Index, Tensors
+from lin_jax.settings.base import ConfigError, require
 
 _SETTINGS = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -6,9 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lin_jax.config import AttentionConfig, Config, Gpt2Config, LlamaConfig, ModelConfig, require
+from lin_jax.attentions.settings import AttentionConfig
 from lin_jax.convert.hugging_face import Weights, shapes_of
-from lin_jax.overrides import apply_overrides
+from lin_jax.experiment import Config
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.base import require
+from lin_jax.settings.command_line import apply_overrides
 
 # Where parameters of linearized attention start, by the last part of their path: as a fresh model's.
 STARTS = {"alpha": 0.0, "filter": 0.0, "local_factor": 1.0}
@@ -28,7 +33,7 @@ def target_config(config: Config, attention: str | None, overrides: list[str]) -
 
     Args:
         config: the source's.
-        attention: a name of `lin_jax.config.ABLATIONS`; None keeps the source's attention.
+        attention: a name of `lin_jax.attentions.settings.ABLATIONS`; None keeps the source's attention.
         overrides: `--config.model.field=value`.
 
     Raises:

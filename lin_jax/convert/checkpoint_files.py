@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lin_jax.config import ConfigError, require
 from lin_jax.convert.tensors import Index, Tensor, Tensors
+from lin_jax.settings.base import ConfigError, require
 
 # Bytes after which a file of tensors is closed and the next one begun.
 SHARD_BYTES = 4 << 30

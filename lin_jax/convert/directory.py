@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from lin_jax.config import ConfigError, require
 from lin_jax.convert.hub import TOKENIZER_FILES
 from lin_jax.convert.hugging_face import Weights, write_hugging_face
 from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.saved_model import save_model
 from lin_jax.train.workdir import KEPT_TOKENIZER, tokenizer_directory
 

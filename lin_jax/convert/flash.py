@@ -7,11 +7,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, Kind, Local
+from lin_jax.attentions.settings import AttentionConfig, Kind, Local
 from lin_jax.convert.names import Entry, centred_filter, load, scalar, to_theirs, transposed
 from lin_jax.convert.tensors import Renamed, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash
+from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.settings.base import ConfigError
 
 # Computed from the config, in the official code as in ours.
 IGNORED = ("inv_freq", "rotary_pos_emb.freqs")

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.config import AttentionConfig, Gpt2Config, require
+from lin_jax.attentions.settings import AttentionConfig
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
 from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.settings.base import require
 
 # Hugging Face keeps these matrices as ours, [inputs, outputs].
 _LINEAR = {

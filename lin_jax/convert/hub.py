@@ -5,9 +5,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from lin_jax.config import ConfigError, require
 from lin_jax.convert.remote import fetched
 from lin_jax.paths import is_remote
+from lin_jax.settings.base import ConfigError, require
 
 # Of a directory of Hugging Face, kept in ours so that they can go back as they came.
 TOKENIZER_FILES = (

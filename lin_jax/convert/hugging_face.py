@@ -14,14 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lin_jax.config import ConfigError, Gpt2Config, LlamaConfig, ModelConfig, require
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.adapter import Adapted
 from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tensors
 from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
 from lin_jax.convert.tensors import Renamed, Tensor, Tensors
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.models.registry import create_model
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.sharding import default_partition
 from lin_jax.train.state import make_structure
 

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lin_jax.config import AttentionConfig, ConfigError
-from lin_jax.overrides import config_from_dict, config_to_dict
+from lin_jax.attentions.settings import AttentionConfig
+from lin_jax.settings.base import ConfigError
+from lin_jax.settings.command_line import config_from_dict, config_to_dict
 
 # Our key in a config.json: which attention the tensors were trained with. Other programs pass over it.
 KEY = "lin_jax"

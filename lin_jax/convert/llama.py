@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.config import AttentionConfig, LlamaConfig, RopeConfig, require
+from lin_jax.attentions.settings import AttentionConfig
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
 from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
+from lin_jax.layers.rope import RopeConfig
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.settings.base import require
 
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lin_jax.config import AttentionConfig, ConfigError, LlamaConfig, require
+from lin_jax.attentions.settings import AttentionConfig
 from lin_jax.convert.hugging_face_config import softmax_attention
 from lin_jax.convert.tensors import Tensors
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.settings.base import ConfigError, require
 
 _MARK, _HEADER = 0x616B3432, 256
 _LAYER = "model.layers.{}."

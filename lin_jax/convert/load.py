@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from lin_jax.config import MeshConfig, require
 from lin_jax.convert.hub import local_path
 from lin_jax.convert.hugging_face import Target
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.base import require
+from lin_jax.settings.mesh import MeshConfig
 from lin_jax.train.sharding import make_mesh
 from lin_jax.train.workdir import is_run, tokenizer_files
 

@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from lin_jax.config import MedusaConfig, require
 from lin_jax.convert.checkpoint_files import read_tensors
 from lin_jax.convert.names import Entry, read, to_theirs, transposed
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.medusa import MedusaHeads
+from lin_jax.settings.base import require
+from lin_jax.settings.medusa import MedusaConfig
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _PREFIX = "medusa_head."

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lin_jax.config import ConfigError, require
 from lin_jax.convert.tensors import Held, Index, Tensor, Tensors
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.settings.base import ConfigError, require
 
 
 def _same(x: Any) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from etils import epath
 
-from lin_jax.config import require
 from lin_jax.paths import check_remote, copy_directory, copy_file
+from lin_jax.settings.base import require
 from lin_jax.train.workdir import checkpoints_directory, is_run, reader, saved_steps, workdir_and_step
 
 # Items of a checkpoint that are only needed to train on.

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from lin_jax.config import Config, DataConfig, FinetuneConfig, FlashConfig, ModelConfig, require
 from lin_jax.convert import flash, llama
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hub import local_path
@@ -12,10 +11,16 @@ from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
 from lin_jax.convert.medusa import find_heads, read_heads
 from lin_jax.convert.tensors import Tensors
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
+from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.models.medusa import MedusaHeads, check_heads
-from lin_jax.overrides import apply_overrides
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.base import require
+from lin_jax.settings.command_line import apply_overrides
+from lin_jax.settings.data import DataConfig
+from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.train.saved_model import load_model
 from lin_jax.train.workdir import is_run, tokenizer_files
 

@@ -1,9 +1,10 @@
 """What can be wrong with the data, found before anything is compiled or written."""
 
-from lin_jax.config import ConfigError, DataConfig, require
 from lin_jax.data.pipeline import token_pairs
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.data import DataConfig
 
 
 def check_vocabulary(config: DataConfig, model_vocabulary_size: int) -> None:

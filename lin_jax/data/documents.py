@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from lin_jax.config import DataConfig
 from lin_jax.data.pipeline import read_options
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.data import DataConfig
 
 
 def validation_documents(config: DataConfig, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:

@@ -22,8 +22,8 @@ from typing import BinaryIO
 import zstandard
 from etils import epath
 
-from lin_jax.config import ConfigError, require
 from lin_jax.paths import check_remote, is_remote
+from lin_jax.settings.base import ConfigError, require
 
 PLAIN_SUFFIXES = ("", ".txt", ".text", ".tokens", ".raw", ".md", ".py")
 LINES_SUFFIX = ".jsonl"

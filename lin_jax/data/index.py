@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lin_jax.config import ConfigError, DataConfig, require
 from lin_jax.data.files import TextFile, cache_path, write_atomically
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.data import DataConfig
 
 CACHED_FROM_BYTES = 1 << 26
 _BLOCK = 1 << 20

@@ -19,9 +19,9 @@ import grain
 import numpy as np
 from grain import experimental
 
-from lin_jax.config import DataConfig
 from lin_jax.data.sources import Source, open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.data import DataConfig
 
 # A window of rows is tokenised before the first batch and again after a resume, which takes a second or two.
 WINDOW_ROWS = 1 << 10

@@ -16,10 +16,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from lin_jax.config import DataConfig, require
 from lin_jax.data.files import TextFile, stdlib_files, text_files
 from lin_jax.data.holdout import held_out
 from lin_jax.data.index import cut_in_two, cut_long_documents, file_spans, parse_line
+from lin_jax.settings.base import require
+from lin_jax.settings.data import DataConfig
 
 Split = Literal["train", "validation"]
 # Training shuffles pieces. This many for each token of a row keeps what a model can see in one piece.

@@ -9,9 +9,10 @@ import tensorflow_datasets as tfds
 import tensorflow_datasets.summarization  # noqa: F401  (registers its builders)
 import tensorflow_datasets.text  # noqa: F401  (registers its builders)
 
-from lin_jax.config import ConfigError, DataConfig, require
 from lin_jax.data.holdout import held_out
 from lin_jax.data.index import without_surrogates
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.data import DataConfig
 
 NEED_TENSORFLOW = ("wiki40b", "c4", "pg19", "lm1b", "cnn_dailymail")
 _DEFAULT_VALIDATION = DataConfig.__dataclass_fields__["validation_split"].default

@@ -18,9 +18,10 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lin_jax.config import ConfigError, DataConfig, first_line, require
 from lin_jax.data.sources import open_source
 from lin_jax.paths import check_remote, copy_directory, is_remote
+from lin_jax.settings.base import ConfigError, first_line, require
+from lin_jax.settings.data import DataConfig
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # More text changes the merges of a learned vocabulary little.

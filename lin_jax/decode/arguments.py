@@ -6,9 +6,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lin_jax.config import GenerateConfig, SamplingConfig
 from lin_jax.decode.text import make_config
-from lin_jax.overrides import OneLineParser
+from lin_jax.settings.command_line import OneLineParser
+from lin_jax.settings.generate import GenerateConfig, SamplingConfig
 
 _GROUPS = {"how texts are continued": GenerateConfig, "how the next token is chosen": SamplingConfig}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.config import ConfigError, require
 from lin_jax.decode.stream import settled
 from lin_jax.decode.text import TextGenerator
+from lin_jax.settings.base import ConfigError, require
 
 
 class ChatTemplate:

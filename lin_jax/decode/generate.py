@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lin_jax.config import GenerateConfig, require
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads, lookup
 from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
@@ -19,6 +18,8 @@ from lin_jax.decode.trees import find_tree
 from lin_jax.models.language_model import LanguageModel, ModelState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.ops.tree import Tree, chain
+from lin_jax.settings.base import require
+from lin_jax.settings.generate import GenerateConfig
 
 # Least capacity; see `_rounded`.
 _LEAST = 128

@@ -13,9 +13,10 @@ from typing import Any
 
 import tqdm
 
-from lin_jax.config import ConfigError, GenerateConfig, require
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.text import TextGenerator
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.generate import GenerateConfig
 
 # What a line of the output has besides the fields of the input.
 ADDED = ("line", "sample", "completion", "tokens")

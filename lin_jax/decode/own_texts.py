@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from lin_jax.config import GenerateConfig
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.text import TextGenerator
 from lin_jax.models.language_model import LanguageModel
+from lin_jax.settings.generate import GenerateConfig
 
 
 def write_own_texts(

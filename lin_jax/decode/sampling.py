@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from lin_jax.config import SamplingConfig
 from lin_jax.ops.tree import Tree
+from lin_jax.settings.generate import SamplingConfig
 
 
 def adjust(

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lin_jax.config import GenerateConfig, SamplingConfig, require
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.generate import Generated, Generator
 from lin_jax.models.language_model import LanguageModel
 from lin_jax.models.medusa import MedusaHeads
+from lin_jax.settings.base import require
+from lin_jax.settings.generate import GenerateConfig, SamplingConfig
 
 
 class Continuation(NamedTuple):

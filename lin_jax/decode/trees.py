@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lin_jax.config import ConfigError, require
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
+from lin_jax.settings.base import ConfigError, require
 
 # A path is the rank of the guess at each depth, below the root.
 TreePath = tuple[int, ...]

@@ -2,9 +2,10 @@
 
 import argparse
 
-from lin_jax.config import ABLATIONS, GenerateConfig
+from lin_jax.attentions.settings import ABLATIONS
 from lin_jax.evaluate.speculative import METHODS
-from lin_jax.overrides import OneLineParser
+from lin_jax.settings.command_line import OneLineParser
+from lin_jax.settings.generate import GenerateConfig
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -19,11 +19,13 @@ import numpy as np
 import tqdm
 from flax import nnx
 
-from lin_jax.config import Config, DataConfig, require
 from lin_jax.data.documents import validation_documents
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
+from lin_jax.settings.base import require
+from lin_jax.settings.data import DataConfig
 from lin_jax.train.loss import LossSums, chunked_loss
 from lin_jax.train.sharding import batch_sharding, batch_shards, make_partition
 

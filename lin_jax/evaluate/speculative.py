@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lin_jax.config import ConfigError, GenerateConfig, ablate, require
+from lin_jax.attentions.settings import ablate
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.generate import Generated, Generator, Progress, read_rows
 from lin_jax.decode.text import stop_ids
@@ -20,6 +20,8 @@ from lin_jax.evaluate.direct import DirectIntegration
 from lin_jax.evaluate.parts import time_parts
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.generate import GenerateConfig
 
 Method = Literal["plain", "lookup", "medusa", "direct"]
 METHODS: tuple[Method, ...] = ("plain", "lookup", "medusa", "direct")

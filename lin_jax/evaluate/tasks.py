@@ -5,11 +5,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lin_jax.config import ConfigError, GenerateConfig, MeshConfig
 from lin_jax.convert.load import load
 from lin_jax.evaluate.perplexity import evaluate_run
 from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table
-from lin_jax.overrides import apply_overrides
+from lin_jax.settings.base import ConfigError
+from lin_jax.settings.command_line import apply_overrides
+from lin_jax.settings.generate import GenerateConfig
+from lin_jax.settings.mesh import MeshConfig
 from lin_jax.train.saved_model import load_model
 
 Outcome = tuple[str, dict[str, Any]]

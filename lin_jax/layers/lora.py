@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.config import LoraConfig, require
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.parameter import parameter, uniform
+from lin_jax.settings.base import require
+from lin_jax.settings.finetune import LoraConfig
 
 # What the paths of an adapter's parameters have in them.
 ADAPTER = "adapter"

@@ -1,13 +1,39 @@
 """Rotary positions of LLaMA: halves of a head rotated against each other, with four kinds of scaling."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lin_jax.config import RopeConfig
+from lin_jax.settings.base import require, require_positive, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions and their scaling, with the meaning that Hugging Face gives to each."""
+
+    theta: float = setting(10000.0, "base of the wavelengths")
+    scaling: Literal["default", "linear", "dynamic", "llama3"] = setting(
+        "default",
+        "how positions beyond those of pretraining are reached: default: not; linear: positions are divided by "
+        "factor; dynamic: theta grows with a sequence longer than `positions`; llama3: long wavelengths are divided",
+    )
+    factor: float = setting(1.0, "how much longer; all but default")
+    low_frequency_factor: float = setting(1.0, "scaling=llama3: wavelengths above original_positions / this are scaled")
+    high_frequency_factor: float = setting(4.0, "scaling=llama3: wavelengths below original_positions / this are kept")
+    original_positions: int = setting(8192, "scaling=llama3: positions of pretraining")
+
+    def __post_init__(self):
+        require_positive(self, "theta", "low_frequency_factor", "original_positions")
+        require(self.factor >= 1, f"factor must be 1 or more, but is {self.factor}")
+        require(
+            self.high_frequency_factor > self.low_frequency_factor,
+            f"high_frequency_factor must exceed low_frequency_factor={self.low_frequency_factor}, "
+            f"but is {self.high_frequency_factor}",
+        )
 
 
 class Rotation(NamedTuple):

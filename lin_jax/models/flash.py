@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.config import FlashConfig, require
 from lin_jax.layers.embedding import look_up
-from lin_jax.layers.gated_attention import GatedAttention, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.positions import sinusoids
 from lin_jax.layers.stack import run_layers, stack_layers
+from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.models.gated_attention import GatedAttention, place
 from lin_jax.models.language_model import LanguageModel
+from lin_jax.settings.base import require
 
 
 class Flash(LanguageModel):

@@ -4,8 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lin_jax.config import AttentionConfig, FinetuneConfig, FlashConfig, Gpt2Config, LlamaConfig, ModelConfig
-from lin_jax.layers.attention import layer_kinds
+from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.attentions.settings import AttentionConfig
+from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.finetune import FinetuneConfig
 
 Path = tuple[str, ...]
 

@@ -7,18 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.config import Gpt2Config, require
-from lin_jax.layers.attention import Mixing, MixingState, layer_kinds
+from lin_jax.attentions.mixing import Mixing, MixingState, layer_kinds
 from lin_jax.layers.embedding import look_up
-from lin_jax.layers.gated_attention import Rows, place
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers, stack_layers
 from lin_jax.layers.steps import Step
+from lin_jax.models.gated_attention import Rows, place
+from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.language_model import LanguageModel, check_transformer
-from lin_jax.ops.state import Pending
+from lin_jax.ops.linear_attention.state import Pending
+from lin_jax.settings.base import require
 
 # Standard deviation of initial matrices; the two that write to the residual have it divided by sqrt(2 L).
 DEVIATION = 0.02

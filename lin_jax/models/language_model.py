@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.config import Gpt2Config, LlamaConfig, require
-from lin_jax.layers.attention import layer_kinds
+from lin_jax.attentions.mixing import layer_kinds
 from lin_jax.layers.stack import each_layer, unstack_layers
 from lin_jax.layers.steps import Extend, Step, Verify
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.ops.tree import Tree
+from lin_jax.settings.base import require
 
 
 @jax.tree_util.register_dataclass

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.config import MedusaConfig, ModelConfig, require
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.stack import stack_layers
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.base import require
+from lin_jax.settings.medusa import MedusaConfig
 
 # The heads' name in a model, and so the first part of their parameters' paths.
 HEADS = "medusa"

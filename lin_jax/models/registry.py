@@ -4,10 +4,13 @@ from typing import Any
 
 from flax import nnx
 
-from lin_jax.config import FlashConfig, Gpt2Config, LlamaConfig, ModelConfig
 from lin_jax.models.flash import Flash
+from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.models.gpt2 import Gpt2
+from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama import Llama
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.settings import ModelConfig
 
 MODELS: dict[type, Any] = {FlashConfig: Flash, LlamaConfig: Llama, Gpt2Config: Gpt2}
 

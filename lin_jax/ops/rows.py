@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lin_jax.ops.causal_conv import causal_conv
+from lin_jax.ops.collectives import halo, sum_before
 from lin_jax.ops.cut import Cut
-from lin_jax.ops.exchange import halo, sum_before
 from lin_jax.ops.layout import token_layout
 
 

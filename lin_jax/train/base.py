@@ -5,11 +5,12 @@ from typing import Any
 
 from etils import epath
 
-from lin_jax.config import Config, require
+from lin_jax.experiment import Config
 from lin_jax.layers.lora import ADAPTER
 from lin_jax.models.medusa import HEADS
-from lin_jax.overrides import config_to_dict
 from lin_jax.paths import check_remote
+from lin_jax.settings.base import require
+from lin_jax.settings.command_line import config_to_dict
 from lin_jax.train.checksums import checksums
 from lin_jax.train.trainable import NEW
 

@@ -16,8 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from lin_jax.config import CheckpointConfig, Config, ConfigError, first_line, require
-from lin_jax.overrides import config_from_dict, config_to_dict
+from lin_jax.experiment import Config
+from lin_jax.settings.base import ConfigError, first_line, require
+from lin_jax.settings.checkpoint import CheckpointConfig
+from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.distributed import lost_another, wait_for_all

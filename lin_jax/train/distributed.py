@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lin_jax.config import ConfigError, DistributedConfig, first_line, require
+from lin_jax.settings.base import ConfigError, first_line, require
+from lin_jax.settings.distributed import DistributedConfig
 from lin_jax.train.last_words import AGAIN, LastWords
 
 # Seconds without a heartbeat after which a process counts as dead. JAX's own 100 would exceed a minute.

@@ -17,17 +17,19 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lin_jax.config import Config, ConfigError, first_line, require
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
+from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
 from lin_jax.paths import LocalFiles, absolute, check_remote
+from lin_jax.settings.base import ConfigError, first_line, require
+from lin_jax.tasks.medusa import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
+from lin_jax.tasks.transfer import transfer_loss
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
 from lin_jax.train.distributed import agree_on, only_first, require_shared, settled
 from lin_jax.train.feed import Feed
-from lin_jax.train.heads import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
 from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.record import RECORD, write_run_record
@@ -36,7 +38,6 @@ from lin_jax.train.state import Structure, TrainState, abstract_state, initial_s
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
 from lin_jax.train.trainable import step_flops, structure_of
-from lin_jax.train.transfer import transfer_loss
 
 Report = Callable[[str], None]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lin_jax.config import OptimizerConfig
+from lin_jax.settings.optimizer import OptimizerConfig
 
 # `optax.apply_if_finite` gives up skipping after this many in a row; the loop stops long before.
 _NEVER = 2**31 - 2

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from lin_jax.config import Config
-from lin_jax.overrides import config_to_dict
+from lin_jax.experiment import Config
+from lin_jax.settings.command_line import config_to_dict
 
 RECORD = "run.json"
 _PACKAGES = ("lin_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")

@@ -11,11 +11,13 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from lin_jax.config import Config, ConfigError, MeshConfig, first_line, require
 from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
+from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.overrides import config_from_dict, config_to_dict
+from lin_jax.settings.base import ConfigError, first_line, require
+from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.settings.mesh import MeshConfig
 from lin_jax.train.base import check_base, is_new, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.sharding import default_partition, make_mesh, replicated

@@ -13,9 +13,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from lin_jax.config import Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, ModelConfig, require
-from lin_jax.layers.attention import layer_kinds
+from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition, Rules
+from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.settings import ModelConfig
+from lin_jax.settings.base import require
+from lin_jax.settings.mesh import MeshConfig
 
 # Axes of the mesh, those first over which least is sent. Devices that lie next to each other share the last ones.
 MESH = ("slice", "data", "fsdp", "sequence", "tensor")

@@ -6,7 +6,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lin_jax.config import Config
+from lin_jax.experiment import Config
 from lin_jax.paths import absolute, copy_file
 
 # Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 import convert_weights
 import eval as eval_program
 import train as train_program
-from lin_jax.config import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.experiment import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh
@@ -357,7 +357,7 @@ def test_what_is_there_stays(source, tmp_path, capsys):
 
 
 CONFIG = """
-from lin_jax.config import *
+from lin_jax.experiment import *
 
 def get_config(workdir):
     attention = AttentionConfig(group_size=8, convolution=4)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, ConfigError, FlashConfig
 from lin_jax.convert.flash import from_official, name_table, to_official
 from lin_jax.convert.names import Entry, load
+from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash
 

@@ -10,11 +10,11 @@ import pytest
 from orbax.checkpoint._src.serialization import serialization
 from safetensors.numpy import load_file
 
-from lin_jax.config import AttentionConfig, Config, DataConfig, LlamaConfig, MeshConfig
 from lin_jax.convert import names, tensors
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.experiment import AttentionConfig, Config, DataConfig, LlamaConfig, MeshConfig
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.loop import make_parts
 from lin_jax.train.saved_model import load_model, save_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lin_jax.config import DataConfig
+from lin_jax.experiment import DataConfig
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lin_jax.config import ConfigError
 from lin_jax.data.checks import check_data, check_vocabulary
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.experiment import ConfigError
 
 
 def test_good_data_passes(text_config):

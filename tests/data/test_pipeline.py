@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lin_jax.config import ConfigError, DataConfig
 from lin_jax.data import pipeline
 from lin_jax.data.documents import validation_documents
 from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.experiment import ConfigError, DataConfig
 
 TOKENIZER = BytesTokenizer()
 END = TOKENIZER.end_id

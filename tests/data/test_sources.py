@@ -11,11 +11,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lin_jax.config import ConfigError, DataConfig
 from lin_jax.data import index as index_module
 from lin_jax.data import sources
 from lin_jax.data.holdout import held_out
 from lin_jax.data.sources import open_source
+from lin_jax.experiment import ConfigError, DataConfig
 
 STORIES = [f"Story {number}: a cat é sat.\nThen it left 猫.\n" for number in range(40)]
 

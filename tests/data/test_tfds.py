@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lin_jax.config import ConfigError, DataConfig
 from lin_jax.data.sources import open_source
+from lin_jax.experiment import ConfigError, DataConfig
 
 TEXTS = {"train": [f"training text {number} é" for number in range(50)], "test": ["test one", "test two"]}
 

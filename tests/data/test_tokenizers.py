@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lin_jax.config import ConfigError, DataConfig
 from lin_jax.data.tokenizers import BytesTokenizer, load_tokenizer, restore_tokenizer
+from lin_jax.experiment import ConfigError, DataConfig
 
 STORIES = [f"The cat number {number} sat on the mat. <|endoftext|> é 猫\n" for number in range(100)]
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import lin_jax
-from lin_jax.config import AttentionConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
 from lin_jax.convert.medusa import read_heads, write_heads
 from lin_jax.decode.generate import Generator, generate_tokens
 from lin_jax.decode.text import TextGenerator
+from lin_jax.experiment import AttentionConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
 from lin_jax.models.medusa import MedusaHeads, start_heads
 from lin_jax.models.registry import create_model
 from tests.golden import ROOT

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.config import ConfigError, GenerateConfig, SamplingConfig
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads, lookup
 from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
+from lin_jax.experiment import ConfigError, GenerateConfig, SamplingConfig
 from lin_jax.ops.tree import chain, tree_from_paths
 from tests.ops.decode_cases import random_tree
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from lin_jax.config import ConfigError
 from lin_jax.decode.trees import best_paths, expected_tokens, find_tree, write_tree
+from lin_jax.experiment import ConfigError
 from lin_jax.ops.tree import TREES
 
 

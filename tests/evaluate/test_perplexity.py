@@ -12,8 +12,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, MeshConfig
 from lin_jax.evaluate.perplexity import Perplexity, make_scorer, measure, windows
+from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig, MeshConfig
 from lin_jax.models.registry import create_model
 from lin_jax.train.sharding import make_partition
 

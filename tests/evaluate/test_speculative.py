@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 import eval as eval_program
-from lin_jax.config import AttentionConfig, Config, ConfigError, GenerateConfig, LlamaConfig, MedusaConfig
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.decode.generate import Generator
 from lin_jax.evaluate.direct import DirectIntegration
 from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table, with_attention
+from lin_jax.experiment import AttentionConfig, Config, ConfigError, GenerateConfig, LlamaConfig, MedusaConfig
 from lin_jax.models.medusa import start_heads
 from lin_jax.models.registry import create_model
 from lin_jax.ops.tree import tree_from_paths

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import ConfigError, Gpt2Config, LlamaConfig, LoraConfig
+from lin_jax.experiment import ConfigError, Gpt2Config, LlamaConfig, LoraConfig
 from lin_jax.layers.lora import add_lora, merge_lora, unmerge_lora
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model

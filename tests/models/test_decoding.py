@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
+from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
 from lin_jax.models.language_model import unstacked
 from lin_jax.models.registry import create_model
 from lin_jax.ops.tree import chain, tree_from_paths

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, FlashConfig
+from lin_jax.experiment import AttentionConfig, FlashConfig
 from lin_jax.models.flash import Flash
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

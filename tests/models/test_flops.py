@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, FlashConfig
+from lin_jax.experiment import AttentionConfig, FlashConfig
 from lin_jax.models.flash import Flash
 from lin_jax.models.flops import training_flops_per_token
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import AttentionConfig, ConfigError, Gpt2Config, LlamaConfig, RopeConfig
-from lin_jax.layers.attention import layer_kinds
-from lin_jax.layers.gated_attention import place
+from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.experiment import AttentionConfig, ConfigError, Gpt2Config, LlamaConfig, RopeConfig
 from lin_jax.layers.rope import rotation
 from lin_jax.models.flops import training_flops_per_token
+from lin_jax.models.gated_attention import place
 from lin_jax.models.registry import create_model
-from lin_jax.ops.softmax_attention import longlora_attention, softmax_attention
+from lin_jax.ops.softmax_attention.api import longlora_attention, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

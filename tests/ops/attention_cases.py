@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.linear_attention import augmented_attention
 
 TOKEN_INPUTS = ("q_BTHD", "k_BTKD", "v_BTKE", "grouped_q_BTHP", "grouped_k_BTKP", "segment_ids_BT")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.linear_attention import augmented_attention
 from tests.ops.attention_cases import Case, cases, make_case
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

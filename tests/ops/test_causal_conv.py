@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.augmented_attention import augmented_attention
 from lin_jax.ops.causal_conv import causal_conv as causal_conv_eager
+from lin_jax.ops.linear_attention import augmented_attention
 
 causal_conv = jax.jit(causal_conv_eager)
 

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.feature_maps import FEATURE_MAPS, elu1, favor, fourier, identity, orthogonal_projection, relu, unit
+from lin_jax.ops.linear_attention.feature_maps import (
+    FEATURE_MAPS,
+    elu1,
+    favor,
+    fourier,
+    identity,
+    orthogonal_projection,
+    relu,
+    unit,
+)
 
 D, FEATURES, PAIRS = 8, 4096, 16
 

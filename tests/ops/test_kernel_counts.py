@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import aot, roofline
-from lin_jax.ops.augmented_attention import augmented_attention
+from lin_jax.ops.linear_attention import augmented_attention
 from tests.ops.attention_cases import make_case
 
 

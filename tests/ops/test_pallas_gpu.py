@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks import cuda_targets
-from lin_jax.ops.augmented_attention import augmented_attention, explain, gpu_plan, select
-from lin_jax.ops.augmented_attention.api import DEFAULTS, make_inputs
+from lin_jax.ops.linear_attention import augmented_attention, explain, select
+from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
+from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
 from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
 from tests.ops.test_augmented_attention import relative_error

@@ -12,8 +12,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from lin_jax.ops.augmented_attention import augmented_attention, explain, pallas_tpu, select
-from lin_jax.ops.augmented_attention.blocks import table
+from lin_jax.ops.linear_attention import augmented_attention, explain, select
+from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
+from lin_jax.ops.linear_attention.tpu.blocks import table
 from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
 from tests.ops.test_augmented_attention import relative_error

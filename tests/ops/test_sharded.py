@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from lin_jax.ops.augmented_attention import augmented_attention
-from lin_jax.ops.augmented_attention.sharded import sharded_attention
 from lin_jax.ops.causal_conv import causal_conv
 from lin_jax.ops.cut import Cut
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.linear_attention import augmented_attention
+from lin_jax.ops.linear_attention.sharded import sharded_attention
 from lin_jax.ops.rows import convolve, delayed, positions
-from lin_jax.ops.softmax_attention import softmax_attention
-from lin_jax.ops.whole_row import sharded_softmax, whole_row_attention
+from lin_jax.ops.softmax_attention.api import softmax_attention
+from lin_jax.ops.softmax_attention.whole_row import sharded_softmax, whole_row_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -91,7 +91,7 @@ def test_positions_shifts_and_convolutions_over_parts(cut):
 
 
 def test_attention_to_whole_rows_gathers_keys_and_values(cut, monkeypatch):
-    monkeypatch.setattr("lin_jax.ops.whole_row.QUERIES", 5)  # several chunks, the last not full
+    monkeypatch.setattr("lin_jax.ops.softmax_attention.whole_row.QUERIES", 5)  # several chunks, the last not full
     ids_BT = jnp.asarray(SEGMENTS)
     arguments = {"q_BTHD": normal(0, B, T, H, D), "k_BTKD": normal(1, B, T, K, D), "v_BTKE": normal(2, B, T, K, D)}
     assert_alike(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.softmax_attention import softmax_attention
-from lin_jax.ops.softmax_tpu import refusal, splash_attention
+from lin_jax.ops.softmax_attention.api import softmax_attention
+from lin_jax.ops.softmax_attention.splash import refusal, splash_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

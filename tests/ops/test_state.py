@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lin_jax.ops.layout import token_layout
-from lin_jax.ops.state import advance, context_tokens, empty_state
+from lin_jax.ops.linear_attention.state import advance, context_tokens, empty_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

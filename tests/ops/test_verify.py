@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.augmented_attention import augmented_attention
-from lin_jax.ops.augmented_attention.verify import commit_path, verify_tree
-from lin_jax.ops.state import Pending, empty_state
+from lin_jax.ops.linear_attention import augmented_attention
+from lin_jax.ops.linear_attention.state import Pending, empty_state
+from lin_jax.ops.linear_attention.verify import commit_path, verify_tree
 from lin_jax.ops.tree import Tree, chain
 from tests.ops.decode_cases import Draft, make_draft, random_tree, tree_shapes
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import train as train_program
-from lin_jax.config import DistributedConfig, MeshConfig
+from lin_jax.experiment import DistributedConfig, MeshConfig
 from lin_jax.train import last_words
 from lin_jax.train.distributed import find_place
 from lin_jax.train.feed import Feed

@@ -12,7 +12,11 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from lin_jax.config import (
+from lin_jax.convert.hugging_face import Target, Weights
+from lin_jax.convert.program import convert
+from lin_jax.convert.source import Input, read_source
+from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,
@@ -27,16 +31,12 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.convert.hugging_face import Target, Weights
-from lin_jax.convert.program import convert
-from lin_jax.convert.source import Input, read_source
-from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
-from lin_jax.overrides import apply_overrides
+from lin_jax.plan import plan
+from lin_jax.settings.command_line import apply_overrides
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
-from lin_jax.train.plan import plan
 from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh
 from lin_jax.train.trainable import structure_of

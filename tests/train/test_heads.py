@@ -12,7 +12,11 @@ import pytest
 from flax import nnx
 
 import lin_jax
-from lin_jax.config import (
+from lin_jax.convert.medusa import read_heads
+from lin_jax.convert.program import convert
+from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.decode.generate import generate_tokens
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,
@@ -27,14 +31,10 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.convert.medusa import read_heads
-from lin_jax.convert.program import convert
-from lin_jax.data.tokenizers import BytesTokenizer
-from lin_jax.decode.generate import generate_tokens
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
-from lin_jax.overrides import apply_overrides
-from lin_jax.train.heads import accuracy_by_rank, head_values, medusa_evaluation, medusa_loss
+from lin_jax.settings.command_line import apply_overrides
+from lin_jax.tasks.medusa import accuracy_by_rank, head_values, medusa_evaluation, medusa_loss
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.saved_model import load_model, save_model

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from lin_jax.config import (
+from lin_jax.data.sources import TextSource
+from lin_jax.experiment import (
     CheckpointConfig,
     Config,
     ConfigError,
@@ -24,8 +25,7 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.data.sources import TextSource
-from lin_jax.overrides import apply_overrides, config_to_dict
+from lin_jax.settings.command_line import apply_overrides, config_to_dict
 from lin_jax.train import checkpoint, checksums, loop, trainable
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.config import OptimizerConfig
+from lin_jax.experiment import OptimizerConfig
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 PEAK, END, WARMUP, STEPS = 0.1, 0.01, 10, 50

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.parallel import difference, first_gradient, parts_of, small_model
-from lin_jax.config import MeshConfig
-from lin_jax.ops.augmented_attention.sharded import sharded_attention
+from lin_jax.experiment import MeshConfig
 from lin_jax.ops.cut import Cut
+from lin_jax.ops.linear_attention.sharded import sharded_attention
 from lin_jax.train.collectives import find_collectives, sent_bytes
 from lin_jax.train.state import initial_state
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     Config,
     ConfigError,
@@ -20,13 +20,13 @@ from lin_jax.config import (
     MeshConfig,
     TrainConfig,
 )
+from lin_jax.plan import cuda, fit, plan, search, targets
+from lin_jax.plan.compiled import Step, TooLarge, _too_large
+from lin_jax.plan.estimate import Activations
+from lin_jax.plan.suggest import larger_topologies, smaller
+from lin_jax.plan.times import bound
 from lin_jax.train.chips import CHIPS, GIB, chip_named, chip_of
 from lin_jax.train.collectives import Collective
-from lin_jax.train.plan import cuda, fit, plan, search, targets
-from lin_jax.train.plan.compiled import Step, TooLarge, _too_large
-from lin_jax.train.plan.estimate import Activations
-from lin_jax.train.plan.suggest import larger_topologies, smaller
-from lin_jax.train.plan.times import bound
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -187,7 +187,7 @@ def test_gpus_without_a_compiler_are_planned_by_formula(monkeypatch):
 def test_a_step_is_compiled_for_a_tpu_topology(tmp_path):
     file = tmp_path / "config.py"
     file.write_text(
-        "from lin_jax.config import *\n\n\ndef get_config():\n"
+        "from lin_jax.experiment import *\n\n\ndef get_config():\n"
         "    model = LlamaConfig(vocabulary_size=256, width=128, depth=2, heads=2, key_value_heads=2, head_size=64,\n"
         "                        feed_forward_size=256, attention=AttentionConfig(group_size=64), dtype='bfloat16')\n"
         "    return Config(model=model, data=DataConfig(sequence_length=256, batch_size=4), mesh=MeshConfig(fsdp=4))\n"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lin_jax.overrides import apply_overrides, load_config
+from lin_jax.settings.command_line import apply_overrides, load_config
 from lin_jax.train import loop, trainable
 from lin_jax.train.metrics import read_metrics
 
@@ -22,7 +22,7 @@ from .stub import Stub
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 CONFIG = """
-from lin_jax.config import *
+from lin_jax.experiment import *
 
 def get_config(workdir):
     return Config(
@@ -44,8 +44,8 @@ import os, signal, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-from lin_jax.config import DistributedConfig
-from lin_jax.overrides import load_config
+from lin_jax.experiment import DistributedConfig
+from lin_jax.settings.command_line import load_config
 from lin_jax.train import distributed, loop, trainable
 from tests.train.stub import Stub
 

@@ -16,7 +16,10 @@ from orbax.checkpoint._src.path import gcs_utils
 from safetensors.numpy import load_file
 
 import convert_weights
-from lin_jax.config import (
+from lin_jax.convert.hugging_face import Weights, shapes_of, write_hugging_face
+from lin_jax.data.files import text_files
+from lin_jax.data.tokenizers import load_tokenizer
+from lin_jax.experiment import (
     AttentionConfig,
     CheckpointConfig,
     Config,
@@ -27,9 +30,6 @@ from lin_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.convert.hugging_face import Weights, shapes_of, write_hugging_face
-from lin_jax.data.files import text_files
-from lin_jax.data.tokenizers import load_tokenizer
 from lin_jax.train import trainable
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import METRICS, read_metrics

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lin_jax.config import AttentionConfig, Config, ConfigError, DataConfig, FlashConfig, LlamaConfig, MeshConfig
+from lin_jax.experiment import AttentionConfig, Config, ConfigError, DataConfig, FlashConfig, LlamaConfig, MeshConfig
 from lin_jax.models.registry import create_model
 from lin_jax.train import sharding
 from lin_jax.train.loop import show_sharding

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from lin_jax.config import (
+from lin_jax.experiment import (
     AttentionConfig,
     Config,
     DataConfig,
@@ -13,8 +13,8 @@ from lin_jax.config import (
     MedusaConfig,
     MeshConfig,
 )
+from lin_jax.plan.compiled import trace
 from lin_jax.train.loop import abstract_batch, make_step
-from lin_jax.train.plan.compiled import trace
 from lin_jax.train.trainable import step_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -1,0 +1,87 @@
+"""An experiment: all settings of a run, in one frozen dataclass."""
+
+import dataclasses
+import re
+
+from lin_jax.attentions.settings import ABLATIONS as ABLATIONS
+from lin_jax.attentions.settings import AttentionConfig as AttentionConfig
+from lin_jax.attentions.settings import ablate as ablate
+from lin_jax.layers.rope import RopeConfig as RopeConfig
+from lin_jax.models.flash_settings import FlashConfig as FlashConfig
+from lin_jax.models.gpt2_settings import Gpt2Config as Gpt2Config
+from lin_jax.models.llama_settings import LlamaConfig as LlamaConfig
+from lin_jax.models.settings import ModelConfig as ModelConfig
+from lin_jax.models.settings import TransformerConfig as TransformerConfig
+from lin_jax.settings.base import ConfigError as ConfigError
+from lin_jax.settings.base import require, section, setting
+from lin_jax.settings.checkpoint import CheckpointConfig as CheckpointConfig
+from lin_jax.settings.data import DataConfig as DataConfig
+from lin_jax.settings.distributed import DistributedConfig as DistributedConfig
+from lin_jax.settings.finetune import FinetuneConfig as FinetuneConfig
+from lin_jax.settings.finetune import LoraConfig as LoraConfig
+from lin_jax.settings.finetune import TrainedGroup as TrainedGroup
+from lin_jax.settings.generate import GenerateConfig as GenerateConfig
+from lin_jax.settings.generate import SamplingConfig as SamplingConfig
+from lin_jax.settings.medusa import MedusaConfig as MedusaConfig
+from lin_jax.settings.mesh import MeshConfig as MeshConfig
+from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
+from lin_jax.settings.train import TrainConfig as TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment: everything that `train.py` needs to know."""
+
+    workdir: str = setting(
+        "runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it"
+    )
+    model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
+    data: DataConfig = section(DataConfig, "the text")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
+    train: TrainConfig = section(TrainConfig, "the training loop")
+    finetune: FinetuneConfig = section(FinetuneConfig, "a model to start from, and what of it is trained")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    mesh: MeshConfig = section(MeshConfig, "devices")
+    distributed: DistributedConfig = section(DistributedConfig, "the processes of a run on several hosts")
+    profile: bool = setting(False, "write a profiler trace of a few steps to workdir/profile")
+    show_sharding: bool = setting(False, "print every parameter with its shards and bytes a device, and stop")
+    plan: str = setting(
+        "",
+        "devices, which need not be there, to compile the training step for without any parameters; prints memory, "
+        "exchanges and best possible times, and stops: v4, v5e, v5p, v6e with a topology (v5e:8x8, v5p:4x4x4; two "
+        "slices: 2*v5e:8x8), a100, a100-40g, h100, h200 with a number (h100:8), or cpu:8",
+    )
+
+    def __post_init__(self):
+        require(
+            re.fullmatch(_PLAN, self.plan) is not None,
+            f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
+        )
+        require(
+            self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",
+            "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
+        )
+        require(
+            self.data.batch_size % self.train.microbatches == 0,
+            f"data.batch_size={self.data.batch_size} is not divisible by train.microbatches={self.train.microbatches}",
+        )
+        require(
+            self.data.tokenizer != "checkpoint" or bool(self.finetune.checkpoint),
+            "data.tokenizer=checkpoint needs finetune.checkpoint",
+        )
+        if self.finetune.objective == "attention_transfer":
+            kind = self.model.attention.kind
+            require(
+                isinstance(self.model, TransformerConfig) and kind != "softmax",
+                f"finetune.objective=attention_transfer is for linearized LLaMA and GPT-2, not for "
+                f"{self.model.architecture} with model.attention.kind={kind}",
+            )
+        require(
+            not isinstance(self.model, Gpt2Config) or self.data.sequence_length <= self.model.positions,
+            f"data.sequence_length={self.data.sequence_length} is more than the model's "
+            f"positions={getattr(self.model, 'positions', None)}",
+        )
+        require(
+            self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be smaller than train.steps={self.train.steps}",
+        )

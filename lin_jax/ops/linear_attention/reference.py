@@ -1,0 +1,94 @@
+"""Augmented linear attention by its definition, token by token, in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lin_jax.ops.activations import masked_activation
+from lin_jax.ops.layout import TokenLayout, token_layout
+from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
+from lin_jax.ops.linear_attention.inputs import Inputs
+from lin_jax.ops.linear_attention.state import Context, context_tokens
+
+
+def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
+    """One output at a time: its weight for every token of the row and of the context, and the sum.
+
+    This is the definition that every other implementation is compared with; it takes time and memory T * T.
+    """
+    initial = inputs.initial_state
+    layout = token_layout(inputs.segment_ids_BT, initial.length_B)
+    context = context_tokens(initial, inputs.group_size, inputs.local_groups)
+    own_q, own_k = inputs.grouped_q_BTHP, inputs.grouped_k_BTKP
+    grouped = None if own_q is None or own_k is None else (own_q, own_k)
+    rows = (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, grouped, layout, context, initial.state_BKPE)
+    y_BTHE = jax.vmap(lambda *row: _attend_row(inputs, *row))(*rows)
+    return y_BTHE.astype(inputs.v_BTKE.dtype)
+
+
+def _attend_row(
+    inputs: Inputs,
+    q_THD: Array,
+    k_TKD: Array,
+    v_TKE: Array,
+    grouped: tuple[Array, Array] | None,
+    layout: TokenLayout,
+    context: Context,
+    state_KPE: Array,
+) -> Float[Array, "T H E"]:
+    """One row; the fields of `layout` and `context` come without their axis B."""
+    H, K, G, R = q_THD.shape[1], k_TKD.shape[1], inputs.group_size, inputs.local_groups
+    float32 = lambda x: x.astype(jnp.float32)  # noqa: E731
+    per_query_head = lambda x: jnp.repeat(float32(x), H // K, axis=1)  # noqa: E731
+
+    # Every token that may be seen, context first: A of them.
+    k_AHD = per_query_head(jnp.concatenate([context.key_BUKD, k_TKD]))
+    v_AHE = per_query_head(jnp.concatenate([context.value_BUKE, v_TKE]))
+    q_THD = float32(q_THD)
+    grouped_q_THP, grouped_k_AHP = q_THD, k_AHD
+    if grouped is not None and context.grouped_key_BUKP is not None:
+        grouped_q_THP = float32(grouped[0])
+        grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BUKP, grouped[1]]))
+    phi = FEATURE_MAPS[inputs.feature_map]
+    state_HPE = jnp.repeat(state_KPE, H // K, axis=0)
+
+    position_A = jnp.concatenate([context.position_BU, layout.position_BT])
+    run_A = jnp.concatenate([jnp.zeros_like(context.position_BU), layout.run_BT])
+    known_A = jnp.concatenate([context.position_BU >= 0, layout.real_BT])
+    key_known_A = jnp.concatenate([~context.folded_BU, layout.real_BT])
+
+    def token(t):
+        run, position = layout.run_BT[t], layout.position_BT[t]
+        distance_A = position - position_A
+        groups_A = position // G - position_A // G
+        same_A = run_A == run
+        if inputs.causal:
+            local_A = same_A & key_known_A & (distance_A >= 0) & (groups_A < R)
+            grouped_A = same_A & key_known_A & (groups_A >= R)
+        else:
+            local_A = same_A & key_known_A & (jnp.abs(groups_A) < R)
+            grouped_A = same_A & key_known_A
+
+        y_HE = jnp.zeros(v_AHE.shape[1:])
+        if inputs.local != "none":
+            score_HA = inputs.score_scale * jnp.einsum("hd,ahd->ha", q_THD[t], k_AHD)
+            if inputs.bias_XH is not None:
+                zero = 0 if inputs.causal else R * G - 1
+                index_A = jnp.clip(distance_A + zero, 0, inputs.bias_XH.shape[0] - 1)
+                score_HA += inputs.bias_XH[index_A].T
+            weight_HA = masked_activation(inputs.local, score_HA, local_A[None])
+            y_HE += jnp.einsum("ha,ahe->he", weight_HA, v_AHE)
+        if inputs.grouped:
+            phi_q_HP = phi(grouped_q_THP[t])
+            weight_HA = jnp.where(grouped_A, jnp.einsum("hp,ahp->ha", phi_q_HP, phi(grouped_k_AHP)), 0)
+            far_HE = jnp.einsum("ha,ahe->he", weight_HA, v_AHE)
+            far_HE += jnp.where(run == 0, jnp.einsum("hp,hpe->he", phi_q_HP, state_HPE), 0)
+            y_HE += inputs.alpha_H[:, None] * far_HE
+        if inputs.conv_WH is not None:
+            W = inputs.conv_WH.shape[0]
+            tap_A = same_A & known_A & (distance_A >= 0) & (distance_A < W)
+            weight_AH = jnp.where(tap_A[:, None], inputs.conv_WH[jnp.clip(distance_A, 0, W - 1)], 0)
+            y_HE += jnp.einsum("ah,ahe->he", weight_AH, v_AHE)
+        return jnp.where(layout.real_BT[t], y_HE, 0)
+
+    return jax.lax.map(token, jnp.arange(q_THD.shape[0]))

@@ -1,0 +1,199 @@
+"""The recurrent state of causal augmented attention: what later tokens need to know of earlier ones, and no more."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.ops.layout import TokenLayout
+from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """State after `length_B` tokens; its size does not depend on them.
+
+    With g = length // G, the window holds the groups g - R + 1 .. g: slot j is the token at position
+    (g - R + 1) * G + j, and 0 where there is no such token yet. Earlier groups are folded into `state_BKPE`.
+
+    Attributes:
+        state_BKPE: float32 sum of phi(k_s) v_s^T over the folded groups.
+        key_BSKD: keys of the local branch in the window.
+        grouped_key_BSKP: keys of the grouped branch in the window, before the feature map; None where the local
+            branch's keys serve both.
+        value_BSKE: values in the window.
+        tail_BUKE: values of the last U = W - 1 tokens, oldest first, for the convolution.
+        length_B: tokens so far.
+    """
+
+    state_BKPE: Float[Array, "B K P E"]
+    key_BSKD: Float[Array, "B S K D"]
+    grouped_key_BSKP: Float[Array, "B S K P"] | None
+    value_BSKE: Float[Array, "B S K E"]
+    tail_BUKE: Float[Array, "B U K E"]
+    length_B: Int[Array, " B"]
+
+
+def empty_state(
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKE: Float[Array, "B T K E"],
+    *,
+    grouped_k_BTKP: Float[Array, "B T2 K P"] | None = None,
+    group_size: int,
+    local_groups: int = 1,
+    taps: int = 0,
+) -> AttentionState:
+    """The state before the first token, for keys and values of these shapes and types (T does not matter)."""
+    B, _, K, D = k_BTKD.shape
+    E, S = v_BTKE.shape[-1], group_size * local_groups
+    P = D if grouped_k_BTKP is None else grouped_k_BTKP.shape[-1]
+    return AttentionState(
+        state_BKPE=jnp.zeros((B, K, P, E), jnp.float32),
+        key_BSKD=jnp.zeros((B, S, K, D), k_BTKD.dtype),
+        grouped_key_BSKP=None if grouped_k_BTKP is None else jnp.zeros((B, S, K, P), grouped_k_BTKP.dtype),
+        value_BSKE=jnp.zeros((B, S, K, E), v_BTKE.dtype),
+        tail_BUKE=jnp.zeros((B, max(taps - 1, 0), K, E), v_BTKE.dtype),
+        length_B=jnp.zeros(B, jnp.int32),
+    )
+
+
+class Pending(NamedTuple):
+    """Tokens that may follow a state, as the state would hold them: the nodes of a verified tree, or plain tokens."""
+
+    key_BMKD: Float[Array, "B M K D"]
+    grouped_key_BMKP: Float[Array, "B M K P"] | None
+    value_BMKE: Float[Array, "B M K E"]
+
+
+def along_path(pending: Pending, path_BP: Int[Array, "B P"]) -> Pending:
+    """The nodes of each row's path, in its order."""
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, path_BP[:, :, None, None], axis=1), pending)
+
+
+class Context(NamedTuple):
+    """The tokens that a state remembers, laid out as if they stood in the row just before its first token.
+
+    The last slot is the token at position length - 1. `key` and `grouped_key` are 0 before the window, `value` is known
+    as far back as window or tail reach; `folded` marks tokens that are only in the folded state, or before the start.
+    """
+
+    key_BUKD: Float[Array, "B U K D"]
+    grouped_key_BUKP: Float[Array, "B U K P"] | None
+    value_BUKE: Float[Array, "B U K E"]
+    position_BU: Int[Array, "B U"]
+    folded_BU: Bool[Array, "B U"]
+
+
+def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
+    """x at the indices along axis 1, and 0 where not valid."""
+    if x_BT.shape[1] == 0:
+        return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
+    clipped = jnp.clip(index_BU, 0, x_BT.shape[1] - 1)
+    axes = (...,) + (None,) * (x_BT.ndim - 2)
+    return jnp.where(valid_BU[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
+
+
+def window_start(length_B: Int[Array, " B"], group_size: int, local_groups: int) -> Int[Array, " B"]:
+    """Position of the window's first slot; negative as long as the window reaches before the sequence."""
+    return (length_B // group_size - local_groups + 1) * group_size
+
+
+def context_tokens(state: AttentionState, group_size: int, local_groups: int) -> Context:
+    """Lays the remembered tokens out in U = max(S, W - 1) slots that end at position length - 1."""
+    S, tail = state.key_BSKD.shape[1], state.tail_BUKE.shape[1]
+    U = max(S, tail)
+    start_B = window_start(state.length_B, group_size, local_groups)
+    position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
+    slot_BU = position_BU - start_B[:, None]
+    in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
+    value_BUKE = take_tokens(state.value_BSKE, slot_BU, in_window_BU)
+    tail_slot_BU = jnp.broadcast_to(jnp.arange(U, dtype=jnp.int32) - (U - tail), position_BU.shape)
+    from_tail_BU = (tail_slot_BU >= 0) & (position_BU >= 0) & ~in_window_BU
+    grouped = state.grouped_key_BSKP
+    return Context(
+        key_BUKD=take_tokens(state.key_BSKD, slot_BU, in_window_BU),
+        grouped_key_BUKP=None if grouped is None else take_tokens(grouped, slot_BU, in_window_BU),
+        value_BUKE=value_BUKE + take_tokens(state.tail_BUKE, tail_slot_BU, from_tail_BU),
+        position_BU=position_BU,
+        folded_BU=~in_window_BU,
+    )
+
+
+def advance(
+    initial: AttentionState,
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKE: Float[Array, "B T K E"],
+    grouped_k_BTKP: Float[Array, "B T K P"] | None,
+    layout: TokenLayout,
+    *,
+    group_size: int,
+    local_groups: int,
+    feature_map: str,
+    folded_BKPE: Float[Array, "B K P E"] | None = None,
+) -> AttentionState:
+    """The state after a row's last real token, of the sequence that token belongs to.
+
+    A row of padding alone keeps its state. A row whose first token is real continues the initial state with its first
+    run; every other run starts anew. `folded_BKPE` is the new state's, where it is known already.
+    """
+    context = context_tokens(initial, group_size, local_groups)
+    U, T = context.position_BU.shape[1], k_BTKD.shape[1]
+    index_T = jnp.arange(T, dtype=jnp.int32)
+    last_B = jnp.max(jnp.where(layout.real_BT, index_T, -1), axis=1)
+    any_B = last_B >= 0
+    last_run_B = jnp.take_along_axis(layout.run_BT, jnp.maximum(last_B, 0)[:, None], axis=1)[:, 0]
+    last_position_B = jnp.take_along_axis(layout.position_BT, jnp.maximum(last_B, 0)[:, None], axis=1)[:, 0]
+    length_B = jnp.where(any_B, last_position_B + 1, initial.length_B)
+    continues_B = ~any_B | (last_run_B == 0)
+
+    start_B = window_start(length_B, group_size, local_groups)
+    if folded_BKPE is None:
+        own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
+        own_BU = ~context.folded_BU & continues_B[:, None]
+        kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
+        phi = FEATURE_MAPS[feature_map]
+        folded_BKPE = (
+            kept_BKPE
+            + _outer_sum(
+                phi(context.key_BUKD if context.grouped_key_BUKP is None else context.grouped_key_BUKP),
+                context.value_BUKE,
+                own_BU & (context.position_BU < start_B[:, None]),
+            )
+            + _outer_sum(
+                phi(k_BTKD if grouped_k_BTKP is None else grouped_k_BTKP),
+                v_BTKE,
+                own_BT & (layout.position_BT < start_B[:, None]),
+            )
+        )
+
+    # Position p of the last run stands at index p + offset of the row, and those before the row in the context.
+    offset_B = jnp.where(any_B, last_B - last_position_B, -initial.length_B)
+    slots_BS = start_B[:, None] + jnp.arange(group_size * local_groups, dtype=jnp.int32)[None]
+    tail_BU = length_B[:, None] + jnp.arange(-initial.tail_BUKE.shape[1], 0, dtype=jnp.int32)[None]
+
+    def gather(before: Array | None, row: Array, position: Array) -> Array:
+        assert before is not None
+        valid = (position >= 0) & (position < length_B[:, None])
+        index = position + offset_B[:, None]
+        of_row, of_before = valid & (index >= 0), valid & (index < 0)
+        return take_tokens(row, index, of_row) + take_tokens(before, U + index, of_before)
+
+    return AttentionState(
+        state_BKPE=folded_BKPE,
+        key_BSKD=gather(context.key_BUKD, k_BTKD, slots_BS),
+        grouped_key_BSKP=None if grouped_k_BTKP is None else gather(context.grouped_key_BUKP, grouped_k_BTKP, slots_BS),
+        value_BSKE=gather(context.value_BUKE, v_BTKE, slots_BS),
+        tail_BUKE=gather(context.value_BUKE, v_BTKE, tail_BU),
+        length_B=length_B,
+    )
+
+
+def _outer_sum(
+    phi_BAKP: Float[Array, "B A K P"], v_BAKE: Float[Array, "B A K E"], mask_BA: Bool[Array, "B A"]
+) -> Float[Array, "B K P E"]:
+    """Sum of phi v^T over the masked tokens, in float32."""
+    masked_BAKP = jnp.where(mask_BA[..., None, None], phi_BAKP, 0)
+    return jnp.einsum("bakp,bake->bkpe", masked_BAKP, v_BAKE, preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Softmax attention over whole rows, with a bias, windows, and a cache."""

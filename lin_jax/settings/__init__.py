@@ -1,0 +1,1 @@
+"""What can be set, one file a section, and the command line."""

@@ -1,0 +1,51 @@
+"""What settings are made of: documented fields of dataclasses that check themselves, and the error that names one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting or an input that the user has to change; its message is one line that names it and says how."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, for messages that hold it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A dataclass field with its documentation, which `--help` prints."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(default: Callable[[], Any], doc: str) -> Any:
+    """A dataclass field that is itself a group of settings."""
+    return dataclasses.field(default_factory=default, metadata={"doc": doc})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields `names` of a section are greater than 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name} must be greater than 0, but is {value}")
+
+
+def require_at_least_zero(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields `names` of a section are 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name} must be 0 or more, but is {value}")
+
+
+# Documentation of settings that every model has.
+DTYPE_DOC = "type of activations; parameters have their own: float32 in training, or as they were converted"
+
+
+REMAT_DOC = "what the backward pass recomputes: nothing, whole layers (least memory), or all but matrix products"

@@ -1,0 +1,62 @@
+"""Settings of the text."""
+
+import dataclasses
+from typing import Literal
+
+from lin_jax.settings.base import require, require_positive, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: Literal["tfds", "text", "stdlib"] = setting(
+        "stdlib",
+        "tfds: a prepared TensorFlow dataset; text: files; stdlib: this Python's own library source, always there",
+    )
+    path: tuple[str, ...] = setting((), "source=text: files or globs of .txt .jsonl, plain or .gz .zst")
+    validation_path: tuple[str, ...] = setting((), "source=text: files held out; empty holds out validation_fraction")
+    validation_fraction: float = setting(
+        0.05, "part of the documents held out where the source has no validation split"
+    )
+    tfds_name: str = setting("wiki40b/en", "source=tfds: dataset/config")
+    tfds_directory: str | None = setting(None, "source=tfds: where it was prepared; None is ~/tensorflow_datasets")
+    train_split: str = setting("train", "source=tfds: split to train on")
+    validation_split: str = setting("validation", "source=tfds: split to evaluate on")
+    text_field: str = setting("text", "field that holds the text in .jsonl lines and TFDS examples")
+    separator: str | None = setting(
+        None, "source=text: string between documents of a plain text file; None makes a file one document"
+    )
+    cache_directory: str = setting(
+        "~/.cache/lin_jax", "source=text: where .gz and .zst files are kept uncompressed, and offsets of large files"
+    )
+    encoding_errors: Literal["replace", "strict"] = setting(
+        "strict", "bytes that are not UTF-8: refuse the file, or replace them by U+FFFD"
+    )
+    tokenizer: str = setting(
+        "bytes",
+        "bytes; train (a byte-level BPE is learned from the corpus); checkpoint (that of finetune.checkpoint); or a "
+        "Hugging Face directory or name",
+    )
+    tokenizer_vocabulary: int = setting(4096, "tokenizer=train: size of the learned vocabulary")
+    sequence_length: int = setting(1024, "tokens T in a row")
+    batch_size: int = setting(8, "rows in an update, over all devices and microbatches")
+    packing: Literal["concatenate", "segments"] = setting(
+        "concatenate",
+        "concatenate: rows are cut from one stream of documents, and attention crosses their borders; "
+        "segments: documents never see each other",
+    )
+    seed: int = setting(0, "seed of the order of documents")
+
+    def __post_init__(self):
+        require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
+        require(0 <= self.seed < 2**32, f"data.seed must lie between 0 and 2**32 - 1, but is {self.seed}")
+        require(
+            0 < self.validation_fraction < 1,
+            f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",
+        )
+        require(
+            self.source != "text" or bool(self.path or self.validation_path),
+            "path is empty: give files with --config.data.path=FILE_OR_GLOB",
+        )
+        require(self.separator != "", "separator must not be the empty string; None makes a file one document")

@@ -1,0 +1,79 @@
+"""Settings of a model to start from, and of what of it is trained."""
+
+import dataclasses
+from typing import Literal
+
+from lin_jax.settings.base import require, require_at_least_zero, require_positive, section, setting
+from lin_jax.settings.medusa import MedusaConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021): a product of two thin matrices added to a frozen one."""
+
+    rank: int = setting(0, "rank of the added matrices; 0: no adapters")
+    alpha: float = setting(16.0, "the added matrix is scaled by alpha / rank")
+    targets: tuple[str, ...] = setting(
+        ("query", "key", "value", "output"),
+        "projections that get adapters, by name; GPT-2's are query_key_value, output, up, down",
+    )
+
+    def __post_init__(self):
+        require_at_least_zero(self, "rank")
+        require_positive(self, "alpha")
+        require(bool(self.targets) or self.rank == 0, "targets is empty: name projections, or set rank to 0")
+
+
+TrainedGroup = Literal["all", "new", "norm", "embedding", "attention", "feed_forward", "head"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Training that starts from a model, and which of its parameters it changes."""
+
+    checkpoint: str = setting(
+        "", "run of lin_jax, also one that convert_weights.py wrote, to start from; empty: random parameters"
+    )
+    train: tuple[TrainedGroup, ...] = setting(
+        ("all",),
+        "what trains besides adapters: all, or some of new (what linearized attention adds), norm, embedding, "
+        "attention (with its projections), feed_forward, head; the rest is frozen",
+    )
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters")
+    frozen_dtype: Literal["float32", "bfloat16"] = setting("float32", "type in which frozen parameters are held")
+    objective: Literal["language_model", "attention_transfer", "medusa"] = setting(
+        "language_model",
+        "language_model: predict the next token; attention_transfer: every linearized layer learns to give the output "
+        "of the softmax attention that it replaces, which goes on to the next layer (mean squared error); medusa: "
+        "Medusa heads learn to guess the tokens after the next one, alone (Medusa-1: train is empty) or with what else "
+        "trains (Medusa-2)",
+    )
+    medusa: MedusaConfig = section(MedusaConfig, "objective=medusa: the heads")
+
+    def __post_init__(self):
+        require(
+            self.trains_model or self.objective == "medusa",
+            "train is empty and there are no adapters: nothing to train",
+        )
+        require(
+            self.objective == "medusa" or self.medusa == MedusaConfig(),
+            f"medusa has settings of Medusa heads, but objective={self.objective} trains none: give objective=medusa",
+        )
+        require(
+            self.lora.rank == 0 or "all" not in self.train,
+            "train=all leaves nothing for adapters: say what trains besides them, such as new,norm,embedding",
+        )
+        if self.objective == "attention_transfer":
+            require(
+                set(self.train) <= {"new", "attention"},
+                f"train={','.join(self.train)} does not suit objective=attention_transfer, in which only attention "
+                "learns: give new, attention or both",
+            )
+        if not self.checkpoint:
+            plain = self.train == ("all",) and self.lora.rank == 0 and self.objective == "language_model"
+            require(plain, "checkpoint is empty, but random parameters must all train: give the run to start from")
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether anything of the model itself trains, or adapters do."""
+        return bool(self.train) or self.lora.rank > 0
