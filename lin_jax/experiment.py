@@ -27,6 +27,9 @@ from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
 
+# A chip and how many, or for TPUs their topology; nothing where nothing is planned.
+_PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2})?"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
