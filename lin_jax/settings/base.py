@@ -24,6 +24,14 @@ def section(default: Callable[[], Any], doc: str) -> Any:
     return dataclasses.field(default_factory=default, metadata={"doc": doc})
 
 
+def variants(default: Callable[[], Any], registry: Any, doc: str) -> Any:
+    """Return a dataclass field that is one of several sections, those of the entries of a `Registry`.
+
+    Which of them it is, the field `registry.field` of the section says, such as `kind` of an attention.
+    """
+    return dataclasses.field(default_factory=default, metadata={"doc": doc, "registry": registry})
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
