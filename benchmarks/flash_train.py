@@ -24,9 +24,10 @@ from benchmarks import common
 from lin_jax.convert.flash import to_official
 from lin_jax.experiment import AttentionConfig, FlashConfig, MeshConfig, OptimizerConfig, TrainConfig
 from lin_jax.models.registry import create_model
+from lin_jax.models.structure import Structure, make_structure
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import make_partition
-from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, make_structure, state_shardings
+from lin_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_train_step
 
 TOLERANCE = 1e-4

@@ -24,9 +24,9 @@ from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.settings import ModelConfig
+from lin_jax.models.structure import make_structure
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.sharding import default_partition
-from lin_jax.train.state import make_structure
 
 # model_type of config.json -> what knows its names.
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "gpt2": gpt2}

@@ -26,7 +26,7 @@ from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
 from lin_jax.settings.base import require
 from lin_jax.settings.data import DataConfig
-from lin_jax.train.loss import LossSums, chunked_loss
+from lin_jax.tasks.loss import LossSums, chunked_loss
 from lin_jax.train.sharding import batch_sharding, batch_shards, make_partition
 
 Rows = dict[str, np.ndarray]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from lin_jax.train.chips import Chip
+from lin_jax.chips import Chip
 
 # A part of the attention that is compiled by a library of CUDA, which must be there.
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
+from lin_jax.chips import Chip
 from lin_jax.experiment import Config
 from lin_jax.plan import target as targets
 from lin_jax.plan.compiled import Step, TooLarge, Traced, compile_step, trace
 from lin_jax.plan.estimate import estimate_activations, measure_state, softmax_is_tiled
 from lin_jax.plan.target import Target
-from lin_jax.train.chips import Chip
 
 Report = Callable[[str], None]
 

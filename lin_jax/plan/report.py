@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from lin_jax.chips import GIB, Chip
 from lin_jax.plan.estimate import State
 from lin_jax.plan.times import Times
-from lin_jax.train.chips import GIB, Chip
 from lin_jax.train.collectives import Collective
 
 Rows = list[tuple[str, str]]

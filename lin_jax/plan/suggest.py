@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lin_jax.chips import Chip, chip_count
 from lin_jax.experiment import Config
 from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.settings.base import ConfigError
-from lin_jax.train.chips import Chip, chip_count
 
 # Sizes in which slices come, by what their names begin with; https://cloud.google.com/tpu/docs has them all.
 _TOPOLOGIES = {

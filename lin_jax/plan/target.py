@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from lin_jax.chips import Chip, chip_count, chip_named
 from lin_jax.plan import cuda
 from lin_jax.settings.base import ConfigError, require
-from lin_jax.train.chips import Chip, chip_count, chip_named
 
 # libtpu asks a machine of the cloud about itself, and holds its chips, unless it is told not to.
 _ENVIRONMENT = {

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lin_jax.train.chips import Chip
+from lin_jax.chips import Chip
 from lin_jax.train.collectives import Collective
 
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from lin_jax.decode.trees import best_paths, expected_tokens, write_tree
 from lin_jax.layers.partition import Partition
 from lin_jax.models.medusa import MedusaHeads
+from lin_jax.models.structure import Structure
 from lin_jax.settings.medusa import MedusaConfig
-from lin_jax.train.loss import LossSums, sharded_loss, split_positions
-from lin_jax.train.state import Structure
+from lin_jax.tasks.loss import LossSums, sharded_loss, split_positions
 from lin_jax.train.step import Batch, Loss, LossSettings, features_of, loss_chunk, next_token_loss
 
 # How much less the loss of each further head weighs.

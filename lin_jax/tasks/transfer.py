@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from lin_jax.attentions.mixing import layer_kinds
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers
-from lin_jax.train.loss import LossSums
-from lin_jax.train.state import Structure
+from lin_jax.models.structure import Structure
+from lin_jax.tasks.loss import LossSums
 from lin_jax.train.step import Batch, Loss, LossSettings
 
 

@@ -22,6 +22,7 @@ from lin_jax.data.pipeline import training_batches, validation_batches, validati
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
+from lin_jax.models.structure import Structure
 from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.tasks.medusa import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
@@ -34,7 +35,7 @@ from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.record import RECORD, write_run_record
 from lin_jax.train.saved_model import load_base
-from lin_jax.train.state import Structure, TrainState, abstract_state, initial_state, state_shardings
+from lin_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
 from lin_jax.train.stop import StopRequest
 from lin_jax.train.trainable import step_flops, structure_of

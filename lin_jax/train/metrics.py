@@ -15,7 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
-from lin_jax.train.chips import chip_of
+from lin_jax.chips import chip_of
 from lin_jax.train.distributed import agree_on
 from lin_jax.train.step import StepMetrics
 

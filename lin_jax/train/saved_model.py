@@ -15,13 +15,14 @@ from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.train.base import check_base, is_new, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.sharding import default_partition, make_mesh, replicated
-from lin_jax.train.state import Structure, initial_state
+from lin_jax.train.state import initial_state
 from lin_jax.train.trainable import structure_of
 from lin_jax.train.workdir import (
     checkpoints_directory,

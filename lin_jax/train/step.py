@@ -11,10 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lin_jax.layers.partition import Partition
-from lin_jax.train.loss import LossSums, sharded_loss
+from lin_jax.models.structure import Structure
+from lin_jax.tasks.loss import LossSums, sharded_loss
 from lin_jax.train.optimizer import skipped_steps
 from lin_jax.train.sharding import batch_sharding, replicated
-from lin_jax.train.state import Structure, TrainState
+from lin_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 # (trained parameters, frozen parameters, constants, batch) -> sums over its tokens

@@ -10,8 +10,8 @@ from lin_jax.layers.lora import ADAPTER, add_lora
 from lin_jax.models.flops import Flops, training_flops
 from lin_jax.models.medusa import HEADS, MedusaHeads
 from lin_jax.models.registry import create_model
+from lin_jax.models.structure import Path, Structure, make_structure
 from lin_jax.settings.finetune import FinetuneConfig
-from lin_jax.train.state import Path, Structure, make_structure
 
 # Parameters that linearized attention has and softmax attention does not.
 NEW = ("alpha", "filter", "local_factor")

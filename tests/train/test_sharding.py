@@ -8,9 +8,9 @@ import pytest
 
 from lin_jax.experiment import AttentionConfig, Config, ConfigError, DataConfig, FlashConfig, LlamaConfig, MeshConfig
 from lin_jax.models.registry import create_model
+from lin_jax.models.structure import make_structure
 from lin_jax.train import sharding
 from lin_jax.train.loop import show_sharding
-from lin_jax.train.state import make_structure
 
 
 @pytest.mark.parametrize(

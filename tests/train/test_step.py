@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from lin_jax.experiment import MeshConfig, OptimizerConfig
+from lin_jax.models.structure import make_structure
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import batch_sharding, make_partition
-from lin_jax.train.state import initial_state, make_structure, state_shardings
+from lin_jax.train.state import initial_state, state_shardings
 from lin_jax.train.step import (
     LossSettings,
     gradient_sums,

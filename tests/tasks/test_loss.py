@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lin_jax.train.loss import chunked_loss
+from lin_jax.tasks.loss import chunked_loss
 
 BATCH, WIDTH, VOCABULARY = 2, 8, 11
 

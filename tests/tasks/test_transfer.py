@@ -11,9 +11,9 @@ from flax import nnx
 from lin_jax.attentions.mixing import layer_kinds
 from lin_jax.experiment import AttentionConfig, Gpt2Config, LlamaConfig, MeshConfig
 from lin_jax.models.registry import create_model
+from lin_jax.models.structure import make_structure
 from lin_jax.tasks.transfer import attention_errors, transfer_loss
 from lin_jax.train.sharding import make_partition
-from lin_jax.train.state import make_structure
 from lin_jax.train.step import LossSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

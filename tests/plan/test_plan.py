@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from lin_jax.chips import CHIPS, GIB, chip_named, chip_of
 from lin_jax.experiment import (
     AttentionConfig,
     Config,
@@ -25,7 +26,6 @@ from lin_jax.plan.compiled import Step, TooLarge, _too_large
 from lin_jax.plan.estimate import Activations
 from lin_jax.plan.suggest import larger_topologies, smaller
 from lin_jax.plan.times import bound
-from lin_jax.train.chips import CHIPS, GIB, chip_named, chip_of
 from lin_jax.train.collectives import Collective
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
