@@ -4,8 +4,9 @@ python -m benchmarks.aot
 python -m benchmarks.aot --targets v5e --shapes flash110m-1024 --implementations pallas_tpu xla
 python -m benchmarks.aot --targets a100 h100 --implementations pallas_gpu xla
 
-Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU; for GPUs see `benchmarks.cuda_targets`. One target a process.
-Nothing is run.
+Needs libtpu (`pip install 'lin_jax[tpu]'`), and no TPU; for GPUs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version
+(`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`), and neither CUDA's libraries nor a GPU. One target a
+process: a second one would be compiled for the first. Nothing is run.
 
 The arrays are as projections give them, [B, T, H D]: of four axes, [B, T, H, D], a TPU keeps heads in tiles, and an
 argument or result of a program in that form is copied.
@@ -14,7 +15,6 @@ argument or result of a program in that form is copied.
 import argparse
 import dataclasses
 import itertools
-import os
 import subprocess
 import sys
 import time
@@ -27,59 +27,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import cuda_targets
 from benchmarks.common import write_json
 from lin_jax.experiment import Config, DataConfig, FlashConfig, LlamaConfig, MeshConfig
 from lin_jax.ops.linear_attention import augmented_attention
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
 from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
 from lin_jax.ops.linear_attention.tpu.blocks import make_plan
+from lin_jax.plan import target as targets
 from lin_jax.train import sharding
 from lin_jax.train.loop import abstract_batch, make_parts, make_step
 from lin_jax.train.state import abstract_state
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A TPU: the topology to compile for, and what libtpu has to be told of the machine."""
-
-    topology: str
-    accelerator_type: str
-    chip: str | None = None
-
-
-TARGETS = {
-    # Both cores of a chip as one device, as JAX uses them.
-    "v4": Target("v4:2x2x1", "v4-8", "megacore"),
-    "v5e": Target("v5e:2x2", "v5litepod-4"),
-    "v5p": Target("v5p:2x2x1", "v5p-8"),
-    "v6e": Target("v6e:2x2", "v6e-4"),
-}
+TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+GPUS = {"a100": "a100:1", "h100": "h100:1"}
+# The plan (see `lin_jax.plan`) of each.
+TARGETS = TPUS | GPUS
 DIRECTIONS = ("forward", "backward")
 
 
-def prepare(target: str) -> None:
-    """Tells libtpu of the target, or JAX of the CUDA compiler; before JAX starts its backends."""
-    if target in cuda_targets.GPUS:
-        return cuda_targets.prepare()
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE=TARGETS[target].accelerator_type,
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
+def prepare(name: str) -> None:
+    """Tells libtpu or JAX's CUDA plugin of the target; before JAX starts its backends."""
+    targets.prepare(targets.parse(TARGETS[name]))
 
 
-def devices(target: str) -> Any:
-    """Devices of the target's topology, to compile for."""
-    if target in cuda_targets.GPUS:
-        return [cuda_targets.device(target)]
-    from jax.experimental import topologies
-
-    described = TARGETS[target]
-    options = {} if described.chip is None else {"chip_config_name": described.chip}
-    return topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **options).devices
+def devices(name: str) -> Any:
+    """Devices of the target, to compile for."""
+    return targets.devices(targets.parse(TARGETS[name]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +185,7 @@ def print_rows(rows: list[dict[str, Any]], header: bool) -> None:
 def check(target: str) -> None:
     """Compiles small shapes, and blocks that the compiler must refuse, and prints what came out."""
     device = devices(target)[0]
-    if target in cuda_targets.GPUS:
+    if target in GPUS:
         return check_gpu(device)
     small = llama2_7b(300)
     narrow, wide = make(1, 64, 2, 2, 64, 64, taps=4, local="relu2", group_size=16), flash110m(1024)
@@ -302,7 +275,7 @@ def measure_training(target: str, implementations: list[str]) -> None:
 def main() -> None:
     """One target in this process, several in one process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, *cuda_targets.GPUS], default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TPUS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--implementations", nargs="+", default=["pallas_tpu", "xla"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))

@@ -61,7 +61,7 @@ def count_bytes(function: Any, rows: int, nodes: int, device: Any) -> tuple[int,
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="v5e", choices=aot.TARGETS)
+    parser.add_argument("--target", default="v5e", choices=aot.TPUS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 26])
     options = parser.parse_args()

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks import aot
 from benchmarks.common import print_table
+from lin_jax.chips import Chip, chip_named
 from lin_jax.ops.linear_attention import xla
 from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
@@ -33,30 +34,12 @@ from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.tpu import blocks, cost
 from lin_jax.ops.linear_attention.tpu.cost import Cost
 
-
-class Chip(NamedTuple):
-    """A chip as its maker describes it: dense bfloat16 operations and bytes of memory a second, and the name in JAX."""
-
-    flops: float
-    bandwidth: float
-    kind: str
-
-
-# TPUs: cloud.google.com/tpu/docs/v5e, /v5p and /v6e, "key chip specifications". GPUs: NVIDIA's data sheets of the A100
-# 80GB SXM, H100 SXM and H200 SXM; operations without sparsity.
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, "TPU v5 lite"),
-    "v5p": Chip(459e12, 2765e9, "TPU v5"),
-    "v6e": Chip(918e12, 1640e9, "TPU v6 lite"),
-    "A100": Chip(312e12, 2039e9, "NVIDIA A100-SXM4-80GB"),
-    "H100": Chip(989e12, 3350e9, "NVIDIA H100 80GB HBM3"),
-    "H200": Chip(989e12, 4800e9, "NVIDIA H200"),
-}
+TPUS, GPUS = ("v5e", "v5p", "v6e"), ("a100", "h100", "h200")
 
 
 def best_time(count: Cost, chip: Chip) -> float:
     """Seconds that a chip needs at least."""
-    return max(count.flops / chip.flops, count.bytes_accessed / chip.bandwidth)
+    return max(count.flops / chip.flops, count.bytes_accessed / chip.memory_bandwidth)
 
 
 class Axes(NamedTuple):
@@ -284,14 +267,11 @@ def _partial_bytes(plan: Plan, heads: int) -> int:
 
 
 COUNTS: dict[str, tuple[tuple[str, ...], Callable[[aot.Case, str, str], Cost]]] = {
-    "least": (tuple(CHIPS), lambda case, kind, direction: least(axes_of(case), direction)),
-    "xla": (tuple(CHIPS), lambda case, kind, direction: xla_form(axes_of(case), direction)),
-    "pallas_tpu": (("v5e", "v5p", "v6e"), lambda case, kind, direction: of_inputs(case, tpu_kernel, kind, direction)),
-    "pallas_gpu": (
-        ("A100", "H100", "H200"),
-        lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction),
-    ),
-    "flash": (("A100", "H100", "H200"), lambda case, kind, direction: flash_attention(axes_of(case), direction)),
+    "least": (TPUS + GPUS, lambda case, kind, direction: least(axes_of(case), direction)),
+    "xla": (TPUS + GPUS, lambda case, kind, direction: xla_form(axes_of(case), direction)),
+    "pallas_tpu": (TPUS, lambda case, kind, direction: of_inputs(case, tpu_kernel, kind, direction)),
+    "pallas_gpu": (GPUS, lambda case, kind, direction: of_inputs(case, gpu_kernel, kind, direction)),
+    "flash": (GPUS, lambda case, kind, direction: flash_attention(axes_of(case), direction)),
 }
 
 
@@ -314,16 +294,20 @@ def table(direction: str) -> list[list[str]]:
     rows = []
     for name, make in aot.SHAPES.items():
         for implementation, (chips, count) in COUNTS.items():
-            counts = {chip: count(make(), CHIPS[chip].kind, direction) for chip in chips}
+            counts = {chip: count(make(), chip_named(chip).kind, direction) for chip in chips}
             first = counts[chips[0]]
             cells = [name, implementation, f"{first.flops / 1e9:.1f}", f"{first.bytes_accessed / 1e6:.0f}"]
             cells += [f"{first.flops / first.bytes_accessed:.0f}"]
-            times = [f"{1e3 * best_time(counts[chip], CHIPS[chip]):.3f}" if chip in counts else "" for chip in CHIPS]
+            times = [_milliseconds(counts.get(chip), chip) for chip in TPUS + GPUS]
             rows.append(cells + times)
     return rows
 
 
-HEADER = ["shape", "form", "GFLOP", "MB", "FLOP/byte", *(f"{chip} ms" for chip in CHIPS)]
+def _milliseconds(count: Cost | None, chip: str) -> str:
+    return "" if count is None else f"{1e3 * best_time(count, chip_named(chip)):.3f}"
+
+
+HEADER = ["shape", "form", "GFLOP", "MB", "FLOP/byte", *(f"{chip} ms" for chip in TPUS + GPUS)]
 
 
 def print_markdown(rows: list[list[str]]) -> None:

@@ -1,11 +1,11 @@
 """An experiment: all settings of a run, in one frozen dataclass."""
 
 import dataclasses
-import re
 
 from lin_jax.attentions.settings import ABLATIONS as ABLATIONS
 from lin_jax.attentions.settings import AttentionConfig as AttentionConfig
 from lin_jax.attentions.settings import ablate as ablate
+from lin_jax.chips import is_plan
 from lin_jax.layers.rope import RopeConfig as RopeConfig
 from lin_jax.models.flash_settings import FlashConfig as FlashConfig
 from lin_jax.models.gpt2_settings import Gpt2Config as Gpt2Config
@@ -26,9 +26,6 @@ from lin_jax.settings.medusa import MedusaConfig as MedusaConfig
 from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
-
-# A chip and how many, or for TPUs their topology; nothing where nothing is planned.
-_PLAN = r"((cpu|a100|a100-40g|h100|h200):[1-9]\d*|([1-9]\d*\*)?(v4|v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2})?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,7 @@ class Config:
 
     def __post_init__(self):
         require(
-            re.fullmatch(_PLAN, self.plan) is not None,
+            not self.plan or is_plan(self.plan),
             f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
         )
         require(

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
@@ -14,36 +13,13 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-class _Properties(NamedTuple):
-    """What CUDA says of a device; bytes, GHz."""
-
-    name: str
-    compute_capability: tuple[int, int]
-    processors: int
-    units: int  # for float32, in a processor
-    shared: int  # in a processor
-    shared_by_block: int
-    cache: int
-    clock: float
-
-
-_A100 = ((8, 0), 108, 64, 167936, 166912, 41943040, 1.41)
-_H100 = ((9, 0), 132, 128, 233472, 232448, 52428800, 1.98)
-_PROPERTIES = {
-    "a100": _Properties("NVIDIA A100-SXM4-80GB", *_A100),
-    "a100-40g": _Properties("NVIDIA A100-SXM4-40GB", *_A100),
-    "h100": _Properties("NVIDIA H100 80GB HBM3", *_H100),
-    "h200": _Properties("NVIDIA H200", *_H100),
-}
-
-
 def is_installed() -> bool:
-    """Whether JAX's CUDA plugin is; CUDA itself need not be."""
+    """Return whether JAX's CUDA plugin is there; CUDA itself need not be."""
     return any(importlib.util.find_spec(name) is not None for name in PLUGINS)
 
 
 def devices(chip: Chip, count: int) -> Sequence[jax.Device]:
-    """`count` GPUs in nodes, which need not exist."""
+    """Return `count` GPUs in nodes, which need not exist."""
     from jax.experimental import topologies
 
     nodes = -(-count // chip.linked)
@@ -54,8 +30,9 @@ def devices(chip: Chip, count: int) -> Sequence[jax.Device]:
 
 def _describe(chip: Chip) -> str:
     """The device as a protocol buffer `GpuTargetConfigProto` in text."""
-    gpu = _PROPERTIES[chip.name]
-    major, minor = gpu.compute_capability
+    gpu = chip.multiprocessors
+    assert gpu is not None
+    major, minor = gpu.capability
     limits = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -65,11 +42,11 @@ def _describe(chip: Chip) -> str:
         "block_dim_limit_z": 65535,
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
-        "core_count": gpu.processors,
-        "fpus_per_core": gpu.units,
+        "core_count": gpu.count,
+        "fpus_per_core": gpu.lanes,
         "shared_memory_per_core": gpu.shared,
         "shared_memory_per_block": 49152,
-        "shared_memory_per_block_optin": gpu.shared_by_block,
+        "shared_memory_per_block_optin": gpu.shared - 1024,
         "l2_cache_size": gpu.cache,
         "clock_rate_ghz": gpu.clock,
         "device_memory_size": chip.memory,
@@ -79,5 +56,5 @@ def _describe(chip: Chip) -> str:
     return (
         f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
         f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} '
-        f'device_description_str: "{gpu.name}"'
+        f'device_description_str: "{chip.kind}"'
     )

@@ -9,14 +9,6 @@ from lin_jax.experiment import Config
 from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.settings.base import ConfigError
 
-# Sizes in which slices come, by what their names begin with; https://cloud.google.com/tpu/docs has them all.
-_TOPOLOGIES = {
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-}
-
 
 class Suggestion(NamedTuple):
     """Changed settings: as they are given on the command line, and the configuration with them."""
@@ -82,6 +74,6 @@ def _changed(config: Any, changes: Sequence[tuple[str, Any]]) -> Any:
 
 
 def larger_topologies(chip: Chip, devices: int) -> list[str]:
-    """Plans of more of the same chips, the smallest first."""
-    known = _TOPOLOGIES.get(chip.name, tuple(str(2**n) for n in range(11)))
+    """Return plans of more of the same chips, the smallest first."""
+    known = chip.topologies or tuple(str(2**n) for n in range(11))
     return [f"{chip.name}:{topology}" for topology in known if chip_count(topology) > devices]

@@ -1,5 +1,7 @@
 """The operations that benchmarks.roofline counts by hand, against the programs themselves."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import aot, roofline
+from lin_jax.chips import chip_named
 from lin_jax.ops.linear_attention import augmented_attention
 from tests.ops.attention_cases import make_case
 
@@ -66,6 +69,6 @@ def test_products_of_xla_s_form():
 
 
 def test_the_best_time_is_the_longer_of_two():
-    chip = roofline.Chip(flops=100, bandwidth=10, kind="")
+    chip = dataclasses.replace(chip_named("v5e"), flops=100.0, memory_bandwidth=10.0)
     assert roofline.best_time(roofline.Cost(200, 0, 10), chip) == 2
     assert roofline.best_time(roofline.Cost(200, 0, 50), chip) == 5

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from benchmarks import cuda_targets
 from lin_jax.ops.linear_attention import augmented_attention, explain, select
 from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
+from lin_jax.plan import cuda
 from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
 from tests.ops.test_augmented_attention import relative_error
@@ -175,7 +175,7 @@ class TestChoice:
             make_case(0)("pallas_gpu")
 
 
-@pytest.mark.skipif(not cuda_targets.available(), reason="jax-cuda12-plugin and jax-cuda12-pjrt are not installed")
+@pytest.mark.skipif(not cuda.is_installed(), reason="jax-cuda12-plugin and jax-cuda12-pjrt are not installed")
 @pytest.mark.parametrize("target", ["a100", "h100"])
 def test_compiles_for_a_gpu_and_blocks_that_do_not_fit_are_refused(target):
     found = compile_ahead(target, "--check")
