@@ -8,6 +8,11 @@ from typing import Any
 class ConfigError(ValueError):
     """A setting or an input that the user has to change; its message is one line that names it and says how."""
 
+    def __init__(self, message: str):
+        """Take a message, whose line breaks and other characters that do not print are written as escapes."""
+        # What names the input may be anybody's text: a path, a key of a file, a library's error.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
 
 def first_line(error: BaseException) -> str:
     """What an error says in one line, for messages that hold it."""
