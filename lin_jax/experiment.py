@@ -26,10 +26,11 @@ from lin_jax.settings.medusa import MedusaConfig as MedusaConfig
 from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """An experiment: everything that `train.py` needs to know."""
 
     workdir: str = setting(
@@ -52,7 +53,7 @@ class Config:
         "slices: 2*v5e:8x8), a100, a100-40g, h100, h200 with a number (h100:8), or cpu:8",
     )
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require(
             not self.plan or is_plan(self.plan),
             f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",

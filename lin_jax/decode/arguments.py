@@ -9,6 +9,7 @@ from typing import Any
 from lin_jax.decode.text import make_config
 from lin_jax.settings.command_line import OneLineParser
 from lin_jax.settings.generate import GenerateConfig, SamplingConfig
+from lin_jax.settings.typed import annotations_of
 
 _GROUPS = {"how texts are continued": GenerateConfig, "how the next token is chosen": SamplingConfig}
 
@@ -60,7 +61,7 @@ def _fields(section: Any) -> dict[str, Any]:
 
 def _form(section: Any, name: str) -> dict[str, Any]:
     """What `add_argument` is told of a setting's type."""
-    annotation = typing.get_type_hints(section)[name]
+    annotation = annotations_of(section)[name]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return {"choices": arguments}

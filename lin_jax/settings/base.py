@@ -15,17 +15,27 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in one line, for messages that hold it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Return what an error says in one line, for messages that hold it."""
+    try:
+        text = str(error).strip()
+    except Exception:  # anybody's exception may fail to say what it is
+        text = ""
+    return (text or type(error).__name__).splitlines()[0][:300]
 
 
-def setting(default: Any, doc: str) -> Any:
-    """A dataclass field with its documentation, which `--help` prints."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def setting(default: Any, doc: str, *, most: int | float | None = None) -> Any:
+    """Return a dataclass field with its documentation, which `--help` prints.
+
+    Args:
+        default: its value where none is given.
+        doc: what it means.
+        most: the largest number that is not only a slip, whose allocation would fail or never end.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "most": most})
 
 
 def section(default: Callable[[], Any], doc: str) -> Any:
-    """A dataclass field that is itself a group of settings."""
+    """Return a dataclass field that is itself a group of settings."""
     return dataclasses.field(default_factory=default, metadata={"doc": doc})
 
 

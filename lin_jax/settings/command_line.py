@@ -8,15 +8,12 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import importlib.util
-import inspect
 import json
 import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lin_jax.attentions.settings import ABLATIONS, AttentionConfig
@@ -24,6 +21,8 @@ from lin_jax.experiment import Config
 from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.config_file import call_get_config
+from lin_jax.settings.typed import annotations_of
 
 # Sections that can be set by a name as a whole: --config.model.attention=local_grouped.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {AttentionConfig: ABLATIONS}
@@ -44,7 +43,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file, a field or a value is wrong; the message names it.
     """
-    config = _call_get_config(path)
+    config = call_get_config(path)
     require(
         isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}"
     )
@@ -66,7 +65,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "config") -> Any:
     """The inverse of `config_to_dict`; raises `ConfigError` for a field that does not exist or fit."""
-    annotations = typing.get_type_hints(kind)
+    annotations = annotations_of(kind)
     fields = {}
     for key, value in values.items():
         require(key in annotations, f"unknown field {name}.{key}{_nearest(key, annotations)}")
@@ -108,7 +107,7 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
 def describe(config: Any, name: str = "config") -> str:
     """One paragraph a setting: its full name, type, value and documentation."""
     lines = []
-    annotations = typing.get_type_hints(type(config))
+    annotations = annotations_of(type(config))
     for field in dataclasses.fields(config):
         value, full_name = getattr(config, field.name), f"{name}.{field.name}"
         if not dataclasses.is_dataclass(value):
@@ -130,24 +129,6 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _call_get_config(path: str) -> Any:
-    file, _, argument = (path, "", "") if path.endswith(".py") else path.rpartition(":")
-    file = file or path
-    require(Path(file).is_file(), f"configuration file {file} does not exist")
-    spec = importlib.util.spec_from_file_location("lin_jax_experiment", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"configuration file {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"configuration file {file}, line {error.lineno}: {error.msg}") from error
-    require(hasattr(module, "get_config"), f"configuration file {file} has no get_config()")
-    takes_text = bool(inspect.signature(module.get_config).parameters)
-    require(takes_text or not argument, f"get_config() of {file} takes no argument, but {argument!r} was given")
-    return module.get_config(argument) if argument else module.get_config()
-
-
 def _collect(config: Config, override: str, changes: dict[str, Any]) -> None:
     """Put the parsed value of one override into the nested dictionary `changes`; a section's preset is under ""."""
     name, has_value, text = override.removeprefix("--").partition("=")
@@ -164,7 +145,7 @@ def _collect(config: Config, override: str, changes: dict[str, Any]) -> None:
     if dataclasses.is_dataclass(old):
         changes.setdefault(last, {})[""] = _preset(type(old), text, name)
         return
-    annotation = typing.get_type_hints(type(section))[last]
+    annotation = annotations_of(type(section))[last]
     require(bool(has_value) or annotation is bool, f"{name} needs a value ({_type_name(annotation)}): --{name}=VALUE")
     changes[last] = _parse(text if has_value else "true", annotation, name)
 

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Literal
 
-from lin_jax.settings.base import require, require_positive, setting
+from lin_jax.settings.base import require, require_at_least_zero, require_positive, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where text comes from and how it becomes rows of tokens."""
 
     source: Literal["tfds", "text", "stdlib"] = setting(
@@ -38,19 +39,19 @@ class DataConfig:
         "bytes; train (a byte-level BPE is learned from the corpus); checkpoint (that of finetune.checkpoint); or a "
         "Hugging Face directory or name",
     )
-    tokenizer_vocabulary: int = setting(4096, "tokenizer=train: size of the learned vocabulary")
-    sequence_length: int = setting(1024, "tokens T in a row")
-    batch_size: int = setting(8, "rows in an update, over all devices and microbatches")
+    tokenizer_vocabulary: int = setting(4096, "tokenizer=train: size of the learned vocabulary", most=2**24)
+    sequence_length: int = setting(1024, "tokens T in a row", most=2**24)
+    batch_size: int = setting(8, "rows in an update, over all devices and microbatches", most=2**20)
     packing: Literal["concatenate", "segments"] = setting(
         "concatenate",
         "concatenate: rows are cut from one stream of documents, and attention crosses their borders; "
         "segments: documents never see each other",
     )
-    seed: int = setting(0, "seed of the order of documents")
+    seed: int = setting(0, "seed of the order of documents", most=2**32 - 1)
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
-        require(0 <= self.seed < 2**32, f"data.seed must lie between 0 and 2**32 - 1, but is {self.seed}")
+        require_at_least_zero(self, "seed")
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",

@@ -4,20 +4,23 @@ import dataclasses
 import re
 
 from lin_jax.settings.base import require, require_positive, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Settings):
     """The processes of a run. On TPU pods, under SLURM and under Open MPI nothing is to be set."""
 
     coordinator: str | None = setting(
         None, "HOST:PORT at which all processes reach process 0; else $JAX_COORDINATOR_ADDRESS"
     )
-    processes: int | None = setting(None, "number of processes, on all hosts together; else $JAX_NUM_PROCESSES")
-    process: int | None = setting(None, "which one this is, counted from 0; else $JAX_PROCESS_ID")
-    timeout: int = setting(300, "seconds in which all processes must have started")
+    processes: int | None = setting(
+        None, "number of processes, on all hosts together; else $JAX_NUM_PROCESSES", most=2**20
+    )
+    process: int | None = setting(None, "which one this is, counted from 0; else $JAX_PROCESS_ID", most=2**20)
+    timeout: int = setting(300, "seconds in which all processes must have started", most=2**24)
 
-    def __post_init__(self):
+    def _check(self) -> None:
         coordinator, processes, process = self.coordinator, self.processes, self.process
         require(
             coordinator is None or re.fullmatch(r".+:[1-9]\d{0,4}", coordinator) is not None,

@@ -5,20 +5,21 @@ from typing import Literal
 
 from lin_jax.settings.base import require, require_at_least_zero, require_positive, section, setting
 from lin_jax.settings.medusa import MedusaConfig
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank adapters (Hu et al., 2021): a product of two thin matrices added to a frozen one."""
 
-    rank: int = setting(0, "rank of the added matrices; 0: no adapters")
+    rank: int = setting(0, "rank of the added matrices; 0: no adapters", most=2**16)
     alpha: float = setting(16.0, "the added matrix is scaled by alpha / rank")
     targets: tuple[str, ...] = setting(
         ("query", "key", "value", "output"),
         "projections that get adapters, by name; GPT-2's are query_key_value, output, up, down",
     )
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_at_least_zero(self, "rank")
         require_positive(self, "alpha")
         require(bool(self.targets) or self.rank == 0, "targets is empty: name projections, or set rank to 0")
@@ -28,7 +29,7 @@ TrainedGroup = Literal["all", "new", "norm", "embedding", "attention", "feed_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Training that starts from a model, and which of its parameters it changes."""
 
     checkpoint: str = setting(
@@ -50,7 +51,7 @@ class FinetuneConfig:
     )
     medusa: MedusaConfig = section(MedusaConfig, "objective=medusa: the heads")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require(
             self.trains_model or self.objective == "medusa",
             "train is empty and there are no adapters: nothing to train",

@@ -3,24 +3,27 @@
 import dataclasses
 
 from lin_jax.settings.base import require, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """How many devices each parallel axis takes; one of them may be -1, which takes what is left."""
 
-    slice: int = setting(1, "TPU slices, between which only gradients cross the data centre's network")
-    data: int = setting(-1, "copies of the model, each with its part of the batch")
-    fsdp: int = setting(1, "parts into which parameters, optimizer state and batch are cut")
-    tensor: int = setting(1, "parts into which heads, feed-forward layers and vocabulary are cut")
-    sequence: int = setting(1, "parts into which rows are cut; augmented attention sends only states between them")
+    slice: int = setting(1, "TPU slices, between which only gradients cross the data centre's network", most=2**20)
+    data: int = setting(-1, "copies of the model, each with its part of the batch", most=2**20)
+    fsdp: int = setting(1, "parts into which parameters, optimizer state and batch are cut", most=2**20)
+    tensor: int = setting(1, "parts into which heads, feed-forward layers and vocabulary are cut", most=2**20)
+    sequence: int = setting(
+        1, "parts into which rows are cut; augmented attention sends only states between them", most=2**20
+    )
     rules: tuple[str, ...] = setting(
         (),
         "changes of what cuts what: LOGICAL=MESH+MESH, such as width=fsdp+sequence, or vocabulary= for what is not to "
         "be cut; the table is in lin_jax/train/sharding.py",
     )
 
-    def __post_init__(self):
+    def _check(self) -> None:
         sizes = {name: getattr(self, name) for name in ("slice", "data", "fsdp", "tensor", "sequence")}
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"{name} must be a number of devices or -1, but is {size}")

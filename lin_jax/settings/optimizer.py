@@ -4,10 +4,11 @@ import dataclasses
 from typing import Literal
 
 from lin_jax.settings.base import require, require_at_least_zero, require_positive, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW and its learning rate."""
 
     peak_learning_rate: float = setting(7e-4, "learning rate after warmup")
@@ -26,7 +27,7 @@ class OptimizerConfig:
     gradient_clip: float = setting(1.0, "largest global norm of the gradient; 0 turns clipping off")
     z_loss: float = setting(0.0, "weight of the squared log of the softmax denominator, added to the loss")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "peak_learning_rate", "alpha_rate", "epsilon")
         require_at_least_zero(self, "end_learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "z_loss")
         for name in ("beta1", "beta2"):

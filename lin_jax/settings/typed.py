@@ -1,19 +1,70 @@
-"""Values of the types that annotations name: what settings and files of other programs are held against."""
+"""Values of the types that annotations name: settings, which check theirs, and what files of other programs hold."""
 
+import dataclasses
+import inspect
 import math
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
 from lin_jax.settings.base import ConfigError, require
 
+# The largest whole number of a setting that names no other.
+LARGEST = 2**31 - 1
 # What a message shows of a value.
 _SHOWN = 80
 _BITS = 63
 _ONE = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object", list: "a list"}
 _MANY = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts", dict: "objects", list: "lists"}
+
+
+class Settings:
+    """A group of settings: a frozen dataclass whose fields hold what their annotations say, see `fit`.
+
+    Attributes:
+        former: names that fields had in settings that were saved earlier, and what they are called now; None: nothing
+            is left of them.
+    """
+
+    former: ClassVar[Mapping[str, str | None]] = {}
+    # Those who check annotations at run time would be first, with another error.
+    __no_type_check__: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a value that does not suit its field, or others."""
+        annotations = annotations_of(type(self))
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            value = fit(getattr(self, field.name), annotations[field.name], field.name)
+            _require_bounded(value, field.metadata.get("most"), field.name)
+            object.__setattr__(self, field.name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise `ConfigError`, with a field's name at its beginning, for values of the right types that are wrong."""
+
+
+def annotations_of(kind: Any) -> dict[str, Any]:
+    """Return the annotated types of a dataclass's fields by their names."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        hints |= inspect.get_annotations(base, eval_str=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _require_bounded(value: Any, most: int | float | None, name: str) -> None:
+    """Raise `ConfigError` for a number that is only a slip, before something of that size is made."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _require_bounded(item, most, f"{name}[{index}]")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        least, most = -LARGEST, LARGEST if most is None else most
+        require(value <= most, f"{name} must be at most {most}, but is {value}")
+        require(value >= least, f"{name} must be at least {least}, but is {value}")
+    elif isinstance(value, float) and most is not None:
+        require(value <= most, f"{name} must be at most {most}, but is {value}")
 
 
 class _WrongType(ConfigError):
