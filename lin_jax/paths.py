@@ -4,6 +4,7 @@
 map, a tokenizer's library) works on a local copy.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -47,6 +48,32 @@ def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:
     epath.Path(target).parent.mkdir(parents=True, exist_ok=True)
     with epath.Path(source).open("rb") as read, epath.Path(target).open("wb") as write:
         shutil.copyfileobj(read, write)
+
+
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+    """Write a file so that it holds all of `content` or what it held before, at whatever moment the process ends.
+
+    A file that holds that already is left alone. The temporary file has always the same name, so that a start after a
+    kill writes over what that left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = epath.Path(path)
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if not is_remote(path):
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def copy_directory(source: epath.PathLike, target: epath.PathLike) -> None:

@@ -19,7 +19,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lin_jax.data.sources import open_source
-from lin_jax.paths import check_remote, copy_directory, is_remote
+from lin_jax.paths import check_remote, copy_directory, is_remote, write_whole
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.data import DataConfig
 
@@ -168,12 +168,8 @@ def restore_tokenizer(directory: epath.PathLike) -> Tokenizer:
 
 def _write_files(directory: epath.PathLike, texts: dict[str, str]) -> None:
     """Write files one after another, each whole or not at all."""
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        temporary = directory / f"{name}.{os.getpid()}"
-        temporary.write_text(text)
-        temporary.replace(directory / name)
+        write_whole(epath.Path(directory) / name, text.encode())
 
 
 def _remote(config: DataConfig) -> Tokenizer:

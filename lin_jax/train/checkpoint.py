@@ -1,20 +1,20 @@
 """Checkpoints: model, optimizer, data position and settings, saved while training goes on.
 
 A checkpoint is a directory `workdir/checkpoints/STEP` with four items: `model` (trained parameters and constants),
-`training` (step and optimizer), `data` (the iterator's position) and `meta` (settings, the fingerprint of the training
-text, and a checksum of every array, since a changed byte inside an array is read back without complaint). Frozen
-parameters stay where they came from, in `finetune.checkpoint`; `meta` has their checksums.
+`training` (step and optimizer), `data` (the iterator's position) and `meta` (settings, a checksum of every array, and
+fingerprints of what the position and the parameters mean something for: training text, tokenizer, metrics so far).
+Beside them is the manifest of all their files (`lin_jax.train.manifest`). Frozen parameters stay where they came from,
+in `finetune.checkpoint`; `meta` has their checksums.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
 from lin_jax.experiment import Config
 from lin_jax.settings.base import ConfigError, first_line, require
@@ -23,8 +23,9 @@ from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.distributed import lost_another, wait_for_all
+from lin_jax.train.manifest import UNFINISHED, require_undamaged, saving_options
 from lin_jax.train.state import TrainState
-from lin_jax.train.workdir import checkpoints_directory, read_meta, reader, saved_steps
+from lin_jax.train.workdir import checkpoints_directory, read_meta, reader, saved_steps, tokenizer_directory
 
 Report = Callable[[str], None]
 
@@ -73,27 +74,46 @@ def has_checkpoint(config: Config) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fingerprints:
+    """Of what a run reads: the same as long as a position in the data and the parameters mean the same.
+
+    Attributes:
+        text: of the training text.
+        tokenizer: of the files that the run keeps of its tokenizer.
+    """
+
+    text: str
+    tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `restore` found: a state to go on from, or None, and the steps that could not be read."""
+    """What `restore` found: a state to go on from, or None, and the steps that could not be read.
+
+    `metrics` is the checksum of the metrics up to there, None where the checkpoint has none.
+    """
 
     state: TrainState | None
     unreadable: tuple[int, ...] = ()
+    metrics: int | None = None
 
 
-def restore(config: Config, abstract: TrainState, frozen: Any, text: str, iterator: Any, report: Report) -> Restored:
-    """The newest checkpoint that can be read, on the devices that `abstract` names; nothing is written.
+def restore(
+    config: Config, abstract: TrainState, frozen: Any, fingerprints: Fingerprints, iterator: Any, report: Report
+) -> Restored:
+    """Return the newest checkpoint that can be read, on the devices that `abstract` names; nothing is written.
 
     Args:
         config: the settings of the run that wants to go on.
         abstract: shapes, types and shardings of the state; the mesh may differ from the one that saved it.
         frozen: the parameters that do not train, which checkpoints do not hold.
-        text: the fingerprint of the training text, in which a position means what it meant.
+        fingerprints: of what the run reads.
         iterator: the data iterator, which is set to its position.
         report: is told of checkpoints that cannot be read.
 
     Raises:
-        ConfigError: the checkpoint is one of other settings or of other frozen parameters, or there are some but none
-            can be read.
+        ConfigError: the checkpoint is one of other settings, other frozen parameters, another training text or
+            tokenizer, or there are some but none can be read.
     """
     directory = checkpoints_directory(config.workdir)
     unreadable: list[int] = []
@@ -103,10 +123,10 @@ def restore(config: Config, abstract: TrainState, frozen: Any, text: str, iterat
             try:
                 meta = read_meta(manager, step)
                 _require_same_settings(meta["config"], config)
-                _require_same_text(meta, text, config)
+                _require_same_fingerprints(meta, fingerprints, config)
                 require_same_frozen(frozen, meta, config)
                 state = _restore_state(manager, step, meta, abstract, iterator)
-                return Restored(dataclasses.replace(state, frozen=frozen), tuple(unreadable))
+                return Restored(dataclasses.replace(state, frozen=frozen), tuple(unreadable), meta.get("metrics"))
             except ConfigError:
                 raise
             except Exception as error:  # Damage shows as nearly any type of error.
@@ -121,6 +141,7 @@ def restore(config: Config, abstract: TrainState, frozen: Any, text: str, iterat
 
 
 def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState, iterator: Any) -> TrainState:
+    require_undamaged(manager.directory / str(step), ("model", "training", "data"))
     model, training = _items(abstract)
     found = manager.restore(
         step,
@@ -138,23 +159,36 @@ def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState,
 class Checkpoints:
     """Saves a run's state in the background, and survives a disk that is full."""
 
-    def __init__(self, config: Config, restored: Restored, frozen: Any, text: str, report: Report):
-        self._config, self._text, self._report = config, text, report
+    def __init__(
+        self, config: Config, restored: Restored, frozen: Any, fingerprints: Fingerprints, report: Report
+    ):
+        """Take over a run's checkpoints from what `restore` found; raise `ConfigError` where that is impossible."""
+        self._config, self._fingerprints, self._report = config, fingerprints, report
         self._frozen_checksums = checksums(frozen)
         self._directory = checkpoints_directory(config.workdir)
         self._set_aside(restored.unreadable)
-        self._manager = _writer(self._directory, config.checkpoint)
-        self._saved = self._asked = self._manager.latest_step()
         self._running: int | None = None
+        self._losses = _validation_losses(self._directory)
+        self._manager = self._open()
+        self._saved = self._asked = self._manager.latest_step()
+        self._finish_removals()
 
-    def save(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None) -> None:
-        """Start to save `state`, unless this step is saved; what fails is reported, not raised."""
+    def save(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None, metrics: int) -> None:
+        """Start to save `state`, unless this step is saved; what fails is reported, not raised.
+
+        Args:
+            step: the number of updates.
+            state: what they led to.
+            iterator: the data iterator.
+            validation_loss: that of an evaluation at this step.
+            metrics: the checksum of the metrics up to this step.
+        """
         if step == self._asked:
             return
         self.wait()
         self._asked = step
         try:
-            self._start(step, state, iterator, validation_loss)
+            self._start(step, state, iterator, validation_loss, metrics)
         except Exception as error:
             self._give_up(step, error)
 
@@ -176,12 +210,19 @@ class Checkpoints:
         """Whether the last `save` is known to have worked; call `wait` first."""
         return self._saved == self._asked
 
-    def _start(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None) -> None:
+    def _start(self, step: int, state: TrainState, iterator: Any, validation_loss: float | None, metrics: int) -> None:
         model, training = _items(state)
         sums = {name: checksums(item) for name, item in (("model", model), ("training", training))}
         sums["frozen"] = self._frozen_checksums
-        meta = {"config": config_to_dict(self._config), "checksums": sums, "text": self._text}
-        self._running = step
+        loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
+        meta = {
+            "config": config_to_dict(self._config),
+            "checksums": sums,
+            "metrics": metrics,
+            "validation_loss": loss,
+            **dataclasses.asdict(self._fingerprints),
+        }
+        self._running, self._losses[step] = step, loss
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -190,7 +231,6 @@ class Checkpoints:
                 data=ocp.args.JsonSave(iterator.get_state()),
                 meta=ocp.args.JsonSave(meta),
             ),
-            metrics=_metrics(validation_loss),
         )
 
     def _settle(self, action: Callable[[], Any]) -> None:
@@ -219,40 +259,81 @@ class Checkpoints:
         )
         self._running = None
         _close_quietly(self._manager)
-        for left in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+        for left in self._directory.glob(f"{step}{UNFINISHED}*"):
             left.rmtree(missing_ok=True)
-        self._manager = _writer(self._directory, self._config.checkpoint)
+        self._manager = self._open()
         self._saved = self._manager.latest_step()
+
+    def _open(self) -> Any:
+        """Return the library's writer of this run's checkpoints."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Keep(self._config.checkpoint, self._losses),
+            cleanup_tmp_directories=True,
+            async_options=saving_options(self._directory, lambda: self._running or 0),
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
+
+    def _finish_removals(self) -> None:
+        """Remove the checkpoints that a start that was killed had not removed yet, or only half."""
+        steps = sorted(self._manager.all_steps())
+        for step in set(steps) - kept_steps(steps, self._losses, self._config.checkpoint):
+            self._manager.delete(step)
 
     def _set_aside(self, steps: tuple[int, ...]) -> None:
         """Move checkpoints that cannot be read out of the way, so that their steps can be saved again."""
-        for step in steps if jax.process_index() == 0 else ():
-            aside = epath.Path(self._config.workdir) / "unreadable_checkpoints"
-            aside.mkdir(parents=True, exist_ok=True)
-            number = len(list(aside.glob(f"{step}*")))
-            (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
+        aside = epath.Path(self._config.workdir) / "unreadable_checkpoints"
+        try:
+            for step in steps if jax.process_index() == 0 else ():
+                aside.mkdir(parents=True, exist_ok=True)
+                number = len(list(aside.glob(f"{step}*")))
+                (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint {steps[0]} cannot be moved to {aside} ({error.strerror}): see to that, then run again"
+            ) from error
         wait_for_all("unreadable checkpoints")
+
+
+def kept_steps(steps: Sequence[int], losses: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
+    """Return which checkpoints stay: the last ones, and the one with the lowest validation loss.
+
+    Args:
+        steps: of all checkpoints, rising.
+        losses: the validation loss of a step, where there was an evaluation.
+        config: how many stay, and whether the best does.
+    """
+    evaluated = {step: loss for step in steps if (loss := losses.get(step)) is not None}
+    best = [min(evaluated, key=lambda step: (evaluated[step], -step))] if config.keep_best and evaluated else []
+    return {*steps[-config.keep :], *best}
+
+
+class _Keep:
+    """`kept_steps` as the library asks for it."""
+
+    def __init__(self, config: CheckpointConfig, losses: Mapping[int, float | None]):
+        self._config, self._losses = config, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = kept_steps(steps, self._losses, self._config)
+        return [step in kept for step in steps]
+
+
+def _validation_losses(directory: epath.Path) -> dict[int, float | None]:
+    """Return the validation losses of the checkpoints in a directory; one that cannot be read has none."""
+    losses: dict[int, float | None] = {}
+    with reader(directory) as manager:
+        for step in saved_steps(manager):
+            try:
+                losses[step] = read_meta(manager, step).get("validation_loss")
+            except Exception:  # Half removed, or damaged: then nobody can use it, however good it was.
+                losses[step] = None
+    return losses
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"parameters": state.parameters, "constants": state.constants}
     return model, {"step": state.step, "optimizer": state.optimizer}
-
-
-def _writer(directory: epath.Path, config: CheckpointConfig) -> Any:
-    keep: list[Any] = [policies.LatestN(config.keep)]
-    if config.keep_best:
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["validation_loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        keep.append(best)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(directory, options=options)
 
 
 def _close_quietly(manager: Any) -> None:
@@ -261,11 +342,6 @@ def _close_quietly(manager: Any) -> None:
         manager.close()
     except Exception:
         return
-
-
-def _metrics(validation_loss: float | None) -> dict[str, float] | None:
-    finite = validation_loss is not None and math.isfinite(validation_loss)
-    return {"validation_loss": float(validation_loss)} if finite else None  # type: ignore[arg-type]
 
 
 def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
@@ -282,11 +358,18 @@ def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
         )
 
 
-def _require_same_text(meta: Mapping[str, Any], text: str, config: Config) -> None:
+def _require_same_fingerprints(meta: Mapping[str, Any], now: Fingerprints, config: Config) -> None:
+    """Raise `ConfigError` where the run would go on with another text or tokenizer than it had."""
+    again = "put it back, or choose another --config.workdir"
     require(
-        meta.get("text", text) == text,
+        meta.get("text", now.text) == now.text,
         f"the training text has changed since the run in {config.workdir} was started (its documents lie elsewhere), "
-        "so it would go on with other text than what follows: put it back, or choose another --config.workdir",
+        f"so it would go on with other text than what follows: {again}",
+    )
+    require(
+        meta.get("tokenizer", now.tokenizer) == now.tokenizer,
+        f"the tokenizer in {tokenizer_directory(config.workdir)} is not the one that the checkpoints were made with: "
+        f"{again} (a run with the same settings has the same files)",
     )
 
 

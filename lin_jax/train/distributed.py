@@ -112,6 +112,13 @@ def agree_on(value: Any) -> Any:
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))))
 
 
+def any_process(value: bool) -> bool:
+    """Return whether `value` is true in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def lost_another(error: BaseException) -> bool:
     """Whether an error of a collective, or of what waits for one, says that another process is gone."""
     return any(sign in str(error) for sign in _LOST)

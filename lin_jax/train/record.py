@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from lin_jax.experiment import Config
+from lin_jax.paths import write_whole
 from lin_jax.settings.command_line import config_to_dict
 
 RECORD = "run.json"
@@ -30,9 +31,7 @@ def write_run_record(directory: Path, config: Config, step: int, parameters: int
     file = directory / RECORD
     starts = [*_earlier_starts(file), _start(step)] if step else [_start(step)]
     record = {"config": config_to_dict(config), "parameters": parameters, "starts": starts}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(file)
+    write_whole(file, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _earlier_starts(file: Path) -> list[Any]:
