@@ -159,9 +159,7 @@ def _restore_state(manager: Any, step: int, meta: Mapping, abstract: TrainState,
 class Checkpoints:
     """Saves a run's state in the background, and survives a disk that is full."""
 
-    def __init__(
-        self, config: Config, restored: Restored, frozen: Any, fingerprints: Fingerprints, report: Report
-    ):
+    def __init__(self, config: Config, restored: Restored, frozen: Any, fingerprints: Fingerprints, report: Report):
         """Take over a run's checkpoints from what `restore` found; raise `ConfigError` where that is impossible."""
         self._config, self._fingerprints, self._report = config, fingerprints, report
         self._frozen_checksums = checksums(frozen)

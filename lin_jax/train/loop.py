@@ -145,10 +145,12 @@ def train(config: Config, report: Report = print) -> Result:
     """
     config, report = _with_absolute_base(config), only_first(report)
     partition = sharding.make_partition(config.mesh)
-    ready = _prepare(config, partition)
-    parts = make_parts(config, partition)
-    with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
-        return _train(parts, ready, iterator, report)
+    with contextlib.closing(workdir.RunLock(config.workdir)) as lock:
+        lock.take()
+        ready = _prepare(config, partition)
+        parts = make_parts(config, partition)
+        with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
+            return _train(parts, ready, iterator, lock, report)
 
 
 def show_sharding(config: Config) -> str:
@@ -167,12 +169,14 @@ def _with_absolute_base(config: Config) -> Config:
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
-def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result:
+def _train(parts: Parts, ready: _Ready, iterator: Any, lock: workdir.RunLock, report: Report) -> Result:
     config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
     start = _new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
     frozen = start.frozen if start is not None else {}
-    restored = checkpoint.restore(config, abstract, frozen, ready.text, iterator, report)
+    kept = workdir.tokenizer_fingerprint(config.workdir)
+    fingerprints = checkpoint.Fingerprints(ready.text, kept)
+    restored = checkpoint.restore(config, abstract, frozen, fingerprints, iterator, report)
     state: Any = restored.state if restored.state is not None else start
     del start
     step = int(state.step)
@@ -182,15 +186,17 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, report: Report) -> Result
         "that, or choose another --config.workdir",
     )
     files = LocalFiles(config.workdir, (METRICS, RECORD) if jax.process_index() == 0 else ())
-    _open_workdir(parts, tokenizer, files, step)
+    _open_workdir(parts, None if ready.resumes else tokenizer, files, step, lock)
+    fingerprints = checkpoint.Fingerprints(ready.text, workdir.tokenizer_fingerprint(config.workdir))
     log = MetricsLog(
         files.directory,
         step,
         config.train.steps,
         float(step_flops(config).needed),
         report,
+        restored.metrics,
     )
-    saver = checkpoint.Checkpoints(config, restored, frozen, ready.text, log.message)
+    saver = checkpoint.Checkpoints(config, restored, frozen, fingerprints, log.message)
     try:
         with StopRequest() as stop:
             return _Run(parts, tokenizer, files, log, saver, stop).go_on(state, step, iterator)
@@ -244,15 +250,18 @@ def _new_state(parts: Parts) -> TrainState:
     return settled(initialise(jnp.uint32(config.train.seed), known))
 
 
-def _open_workdir(parts: Parts, tokenizer: Tokenizer, files: LocalFiles, step: int) -> None:
+def _open_workdir(parts: Parts, new: Tokenizer | None, files: LocalFiles, step: int, lock: workdir.RunLock) -> None:
+    """Write down what the run is: its settings, and its tokenizer if that is new."""
     if jax.process_index() != 0:
         return
     shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
     count = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
     try:
         epath.Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir.tokenizer_directory(parts.config.workdir))
-        workdir.keep_tokenizer_files(parts.config)
+        lock.take()
+        if new is not None:
+            new.save(workdir.tokenizer_directory(parts.config.workdir))
+            workdir.keep_tokenizer_files(parts.config)
         write_run_record(files.directory, parts.config, step, count)
     except OSError as error:
         raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
@@ -334,7 +343,7 @@ class _Run:
         self._publish()  # Before the checkpoint, whose lines of metrics must be there.
         validation = self._log.validation_at(step)
         loss = validation.get("objective", validation["validation_loss"]) if validation else None
-        self._saver.save(step, state, iterator, loss)
+        self._saver.save(step, state, iterator, loss, self._log.checksum)
         self._log.restart_clock()
 
     def _publish(self) -> None:

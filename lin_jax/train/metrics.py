@@ -1,9 +1,11 @@
 """Metrics of a run: a bar or lines for whoever watches, JSONL and TensorBoard for later, a picture at the end."""
 
+import io
 import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,14 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from lin_jax.chips import chip_of
+from lin_jax.paths import write_whole
+from lin_jax.settings.base import ConfigError, first_line
 from lin_jax.train.distributed import agree_on
 from lin_jax.train.step import StepMetrics
 
 METRICS = "metrics.jsonl"
+# What differs between two runs of the same settings.
+_TIMES = ("step_seconds", "tokens_per_second", "mfu")
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -29,8 +35,8 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def read_metrics(file: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Lines of a metrics file, up to `last_step`; a line that was cut off by a kill is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    """Return the lines of a metrics file, up to `last_step`, but for one that was cut off by a kill."""
+    lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
     found = [line for line in map(_parse, lines) if line is not None]
     return [line for line in found if last_step is None or line["step"] <= last_step]
 
@@ -42,18 +48,50 @@ class MetricsLog:
     there once. Only the first process writes.
     """
 
-    def __init__(self, workdir: Path, step: int, steps: int, flops_per_token: float, report: Callable[[str], None]):
-        """Go on with the metrics of `workdir` after `step` of `steps`."""
-        self._sinks: list[_JsonLines | _Board] = []
-        if jax.process_index() == 0:
-            self._sinks = [_JsonLines(workdir / METRICS, step), _Board(workdir / "tensorboard", step)]
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        steps: int,
+        flops_per_token: float,
+        report: Callable[[str], None],
+        checksum: int | None = None,
+    ):
+        """Go on with the metrics of `workdir` after `step` of `steps`; `checksum` is what they had, where it is known.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
         self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
         self._pending: list[tuple[int, StepMetrics]] = []
+        self._bar: Any = None
+        self._sinks: list[_JsonLines | _Board] = []
+        self.checksum, evaluation = 0, None
+        if jax.process_index() == 0:
+            lines = self._open(workdir, step)
+            self.checksum = checksum_of(lines)
+            evaluation = next((line for line in reversed(lines) if line.get("validation_loss") is not None), None)
         # All processes must know the same evaluations: they evaluate together.
-        evaluations = [line for line in read_metrics(workdir / METRICS) if line.get("validation_loss") is not None]
-        self._validation: dict[str, Any] | None = agree_on(evaluations[-1] if evaluations else None)
+        found = agree_on([self.checksum, evaluation])
+        self._validation: dict[str, Any] | None = found[1]
+        if checksum is not None and found[0] != checksum:
+            self._validation = None
+            self.message(
+                f"warning: {workdir / METRICS} is not as it was at step {step}; the run goes on with what it holds"
+            )
         self._bar = _make_bar(step, steps) if self._sinks and sys.stderr.isatty() else None
         self._mark = time.perf_counter()
+
+    def _open(self, workdir: Path, step: int) -> list[dict[str, Any]]:
+        """Open the files and return the lines up to `step`."""
+        try:
+            self._sinks = [_JsonLines(workdir / METRICS, step), _Board(workdir / "tensorboard", step)]
+            return read_metrics(workdir / METRICS)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics cannot be written to {error.filename or workdir} ({error.strerror or first_line(error)}): "
+                "move away what is there, or choose another --config.workdir"
+            ) from error
 
     def add(self, step: int, metrics: StepMetrics) -> None:
         """Keep the metrics of a step, which may still be running."""
@@ -112,6 +150,7 @@ class MetricsLog:
         return speed
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
+        self.checksum = checksum_of(lines, self.checksum)
         for sink in self._sinks:
             try:
                 sink.write(lines)
@@ -141,9 +180,7 @@ class _JsonLines:
     def __init__(self, file: Path, step: int):
         """Drop the lines after `step`, which will be written again."""
         self._file, self._unwritten = file, b""
-        temporary = file.with_suffix(".tmp")
-        temporary.write_bytes(_encode(read_metrics(file, step)))
-        temporary.replace(file)
+        write_whole(file, _encode(read_metrics(file, step)))
 
     def write(self, lines: list[dict[str, Any]]) -> None:
         self._unwritten += _encode(lines)
@@ -172,6 +209,12 @@ class _Board:
         self._writer.flush()
 
 
+def checksum_of(lines: Iterable[Mapping[str, Any]], before: int = 0) -> int:
+    """Return the CRC-32 of what lines say but for the time it took, after lines with the checksum `before`."""
+    learned = [{name: value for name, value in line.items() if name not in _TIMES} for line in lines]
+    return zlib.crc32(_encode(learned), before)
+
+
 def _encode(lines: list[dict[str, Any]]) -> bytes:
     finite = [{name: value if value is None else _finite(value) for name, value in line.items()} for line in lines]
     return "".join(json.dumps(line) + "\n" for line in finite).encode()
@@ -194,9 +237,10 @@ def draw_learning_curve(workdir: Path) -> Path:
     if axes.has_data():
         axes.legend()
     axes.grid(alpha=0.3)
-    file = workdir / "learning_curve.png"
-    figure.savefig(file, dpi=120)
+    file, picture = workdir / "learning_curve.png", io.BytesIO()
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+    write_whole(file, picture.getvalue())
     return file
 
 
@@ -221,7 +265,9 @@ def _parse(line: str) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    return values if all(value is None or isinstance(value, (int, float)) for value in values.values()) else None
 
 
 def _make_bar(step: int, steps: int) -> Any:

@@ -21,6 +21,7 @@ from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.train.base import check_base, is_new, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
+from lin_jax.train.manifest import require_undamaged, saving_options
 from lin_jax.train.sharding import default_partition, make_mesh, replicated
 from lin_jax.train.state import initial_state
 from lin_jax.train.trainable import structure_of
@@ -50,10 +51,12 @@ def save_model(workdir: str, parameters: Any, config: Config, tokenizer: Tokeniz
     """
     item = {"parameters": parameters, "constants": {}}
     meta = {"config": config_to_dict(config), "checksums": {"model": checksums(item)}}
-    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    directory = checkpoints_directory(workdir)
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True, async_options=saving_options(directory, lambda: 0)
+    )
     handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False), "meta": ocp.JsonCheckpointHandler()}
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), item)
-    directory = checkpoints_directory(workdir)
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
         model = ocp.args.StandardSave(item, save_args=chunked)
         manager.save(0, args=ocp.args.Composite(model=model, meta=ocp.args.JsonSave(meta)))
@@ -91,6 +94,7 @@ def load_model(path: str, mesh: Mesh | None = None) -> tuple[nnx.Module, Tokeniz
 
 def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]:
     meta = read_meta(manager, step)
+    require_undamaged(manager.directory / str(step), ("model",))
     config = config_from_dict(meta["config"])
     structure = structure_of(config)
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))

@@ -1,13 +1,20 @@
 """Where a run keeps what in its directory, and its checkpoints as they are opened to be read."""
 
+import fcntl
+import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from lin_jax.experiment import Config
-from lin_jax.paths import absolute, copy_file
+from lin_jax.paths import absolute, is_remote, write_whole
+from lin_jax.settings.base import ConfigError
+from lin_jax.settings.foreign import read_json
+from lin_jax.train.manifest import DamagedError, require_undamaged
 
 # Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.
 KEPT_TOKENIZER = "hugging_face"
@@ -47,7 +54,54 @@ def keep_tokenizer_files(config: Config) -> None:
     if config.data.tokenizer == "checkpoint" and kept.is_dir():
         target = tokenizer_directory(config.workdir) / KEPT_TOKENIZER
         for file in kept.iterdir():
-            copy_file(file, target / file.name)
+            write_whole(target / file.name, file.read_bytes())
+
+
+def tokenizer_fingerprint(workdir: str) -> str:
+    """Return a checksum of the names and contents of all files that a run keeps of its tokenizer."""
+    directory, found = tokenizer_directory(workdir), hashlib.sha256()
+    for place in (directory, directory / KEPT_TOKENIZER):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            # What begins with a dot was left by a kill.
+            if not file.name.startswith(".") and not file.is_dir():
+                content = file.read_bytes()
+                found.update(f"{place.name} {file.name} {len(content)} ".encode() + content)
+    return found.hexdigest()
+
+
+class RunLock:
+    """Keeps a run's directory to one run at a time. The system lifts it when the process ends, however it ends."""
+
+    def __init__(self, workdir: str):
+        """Take nothing yet."""
+        self._workdir: str = workdir
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Take the lock, unless it is taken, the directory is not there, or its file system knows no locks.
+
+        Raises:
+            ConfigError: another run has it.
+        """
+        if self._descriptor is not None or is_remote(self._workdir) or jax.process_index() != 0:
+            return
+        if not os.path.isdir(self._workdir):
+            return
+        try:
+            self._descriptor = os.open(self._workdir, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is at work in config.workdir={self._workdir}: wait for its end, or choose another one"
+            ) from error
+        except OSError:  # Some network file systems.
+            return
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def workdir_and_step(path: str) -> tuple[str, int | None]:
@@ -69,5 +123,10 @@ def saved_steps(manager: Any) -> list[int]:
 
 
 def read_meta(manager: Any, step: int) -> Mapping[str, Any]:
-    """What a checkpoint says of itself: settings, checksums."""
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """Return what a checkpoint says of itself, settings, checksums and fingerprints; raise `DamagedError`."""
+    directory = manager.directory / str(step)
+    require_undamaged(directory, ("meta",))
+    try:
+        return read_json(directory / "meta" / "metadata", dict)
+    except ConfigError as error:
+        raise DamagedError(str(error)) from error
