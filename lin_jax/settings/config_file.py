@@ -28,7 +28,7 @@ def call_get_config(path: str) -> Any:
     module = types.ModuleType("lin_jax_experiment")
     module.__file__ = file
     _run(lambda: exec(code, module.__dict__), file)
-    get_config = getattr(module, "get_config", None)
+    get_config: Any = getattr(module, "get_config", None)
     require(callable(get_config), f"configuration file {file} has no get_config()")
     signature = _run(lambda: inspect.signature(get_config), file)
     given = [argument] if argument else []
