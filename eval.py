@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task, name = TASKS[known.task]
         text, record = task(known, overrides)
         output = epath.Path(known.output or epath.Path(known.checkpoint) / name)
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

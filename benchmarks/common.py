@@ -93,7 +93,7 @@ def _processor_seconds() -> tuple[float, float, float] | None:
     statistics_file = epath.Path("/proc/stat")
     if not statistics_file.exists():
         return None
-    ticks = [int(field) for field in statistics_file.read_text().split("\n", 1)[0].split()[1:9]]
+    ticks = [int(field) for field in statistics_file.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
     idle = ticks[3] + ticks[4]
     per_second = os.sysconf("SC_CLK_TCK")
     return time.process_time(), (sum(ticks) - idle) / per_second, sum(ticks) / per_second
@@ -122,7 +122,7 @@ def describe_machine() -> dict[str, Any]:
 
 def _processor() -> str:
     information = epath.Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
@@ -151,4 +151,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
     """Writes the result to `path`; None writes nothing."""
     if path is not None:
-        epath.Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        epath.Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -63,18 +63,18 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> tuple[int, int]:
         tensors.append(Tensor(tensor.name, tensor.shape, np.dtype(ml_dtypes.bfloat16), make))
     write_tensors(directory, tensors)
     values = {**llama.config_to_hugging_face(config), "torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
     backend.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return sum(tensor.nbytes for tensor in tensors), max(tensor.nbytes for tensor in tensors)
 
 
 def peak_of(code: str, *arguments: str) -> int:
     """Largest resident memory of a program, in bytes."""
     command = [sys.executable, "-c", code.replace("sys.exit(", "(") + PEAK, *arguments]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
     return 1024 * int(printed.splitlines()[-1])
 
 

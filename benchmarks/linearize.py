@@ -58,10 +58,10 @@ ROWS = {
 
 def split_stories(file: Path, directory: Path) -> None:
     """Writes train.txt and valid.txt, which has the last `HELD_OUT` stories."""
-    stories = [story.strip() for story in file.read_text().split(SEPARATOR) if story.strip()]
+    stories = [story.strip() for story in file.read_text(encoding="utf-8").split(SEPARATOR) if story.strip()]
     directory.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", stories[:-HELD_OUT]), ("valid", stories[-HELD_OUT:])):
-        (directory / f"{name}.txt").write_text(SEPARATOR.join(part))
+        (directory / f"{name}.txt").write_text(SEPARATOR.join(part), encoding="utf-8")
     print(f"{len(stories) - HELD_OUT} stories in {directory}/train.txt, {HELD_OUT} in {directory}/valid.txt")
 
 
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.setdefault(name, {})[seed] = train_row(name, seed, options)
             print(f"{name}, seed {seed}: {results[name][seed][-1][1]:.3f}", flush=True)
     print(f"\n{options.steps} steps\n\n{table(results)}")
-    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, options.output / "results.png")
 
 

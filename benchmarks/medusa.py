@@ -36,7 +36,7 @@ ATTENTION = {
 def beginnings(file: Path, count: int, seed: int) -> list[str]:
     """The first 3 to 40 words of stories, in random order; a story may serve several times."""
     random = np.random.default_rng(seed)
-    stories = [story.split() for story in file.read_text().split(SEPARATOR) if story.strip()]
+    stories = [story.split() for story in file.read_text(encoding="utf-8").split(SEPARATOR) if story.strip()]
     chosen = [stories[number] for number in random.integers(0, len(stories), count)]
     return [" ".join(words[: random.integers(3, 41)]) for words in chosen]
 
@@ -48,7 +48,7 @@ def write_texts(base: Path, stories: Path, directory: Path, options: argparse.Na
     directory.mkdir(parents=True)
     for name, count in (("valid", 200), ("train", options.texts)):
         prompts = beginnings(stories / f"{name}.txt", count, seed=len(name))
-        with (directory / f"{name}.tmp").open("w") as file:
+        with (directory / f"{name}.tmp").open("w", encoding="utf-8") as file:
             for written in write_own_texts(model, tokenizer, prompts, config, file):
                 print(f"{name}: {written}/{count} texts", file=sys.stderr, flush=True)
         (directory / f"{name}.tmp").rename(directory / f"{name}.jsonl")
@@ -56,9 +56,9 @@ def write_texts(base: Path, stories: Path, directory: Path, options: argparse.Na
 
 def halve(stories: Path) -> None:
     """Of the held-out stories, valid.txt keeps one half and test.txt gets the other."""
-    held_out = (stories / "valid.txt").read_text().split(SEPARATOR)
+    held_out = (stories / "valid.txt").read_text(encoding="utf-8").split(SEPARATOR)
     for name, part in (("valid", held_out[::2]), ("test", held_out[1::2])):
-        (stories / f"{name}.txt").write_text(SEPARATOR.join(part))
+        (stories / f"{name}.txt").write_text(SEPARATOR.join(part), encoding="utf-8")
 
 
 def base_of(name: str, options: argparse.Namespace) -> Path:

@@ -47,7 +47,7 @@ def read(options: argparse.Namespace) -> None:
     [row] = generate_tokens(model, GenerateConfig(max_new_tokens=NEW, prefill_chunk=options.chunk), [prompt])
     seconds = time.perf_counter() - begin
     # Not getrusage, which counts what the parent held when it started the program.
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
     print(peak, seconds, len(row.tokens))
 
@@ -57,7 +57,7 @@ def measure(length: int, options: argparse.Namespace) -> tuple[float, float, int
     settings = {"lengths": length, "chunk": options.chunk, "width": options.width, "attention": options.attention}
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks.prefill", "--alone", *arguments]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
     peak, seconds, tokens = printed.splitlines()[-1].split()
     return float(peak), float(seconds), int(tokens)
 

@@ -53,7 +53,7 @@ class Process:
     @property
     def text(self) -> str:
         """What it has printed so far."""
-        return self.output.read_text()
+        return self.output.read_text(encoding="utf-8")
 
 
 class Cluster:
@@ -110,11 +110,14 @@ class Cluster:
 
     def ending(self, name: str) -> "Ending":
         """What a run came to."""
-        lines = [json.loads(line) for line in (self.directory / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.directory / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         newest = max((self.directory / name / "checkpoints").iterdir(), key=lambda path: int(path.name))
         steps = {line["step"]: line for line in lines if line.get("loss") is not None}
         require(list(steps) == list(range(1, len(steps) + 1)), f"{name}: steps are missing or doubled")
-        return Ending(steps, (newest / "data" / "metadata").read_text())
+        return Ending(steps, (newest / "data" / "metadata").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,9 +65,9 @@ class Experiment:
         words = random.Random(0)
         texts = (" ".join(words.choices(["ab", "cde", "f", "gh"], k=words.randint(5, 100))) for _ in range(300))
         corpus = directory / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         values = {"corpus": str(corpus), "cache": str(directory / "cache"), "batch": BATCH, "steps": steps}
-        (directory / "config.py").write_text(CONFIG.format(**values))
+        (directory / "config.py").write_text(CONFIG.format(**values), encoding="utf-8")
 
     def start(self, name: str, devices: int) -> subprocess.Popen[str]:
         """A process that goes on with the run `name`."""
@@ -81,7 +81,7 @@ class Experiment:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, encoding="utf-8", **pipes)
 
     def finish(self, name: str, devices: int) -> Ending:
         """Let the run `name` go on to its end."""
@@ -95,12 +95,12 @@ class Experiment:
         workdir = self.directory / name
         newest = workdir / "checkpoints" / str(self.steps)
         names = ("step", "loss", "gradient_norm", "tokens", "validation_loss")
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         model, _, _ = load_model(str(workdir))
-        meta = json.loads((newest / "meta/metadata").read_text())
+        meta = json.loads((newest / "meta/metadata").read_text(encoding="utf-8"))
         return Ending(
             checksums={**meta["checksums"]["model"], **meta["checksums"]["training"]},
-            position=(newest / "data/metadata").read_text(),
+            position=(newest / "data/metadata").read_text(encoding="utf-8"),
             lines=[tuple(line.get(name) for name in names) for line in lines],
             parameters=[np.asarray(leaf) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))],
         )

@@ -39,7 +39,9 @@ def linearized(model: Any, group_size: int) -> Any:
 def make_prompts(tokenizer: Any, options: argparse.Namespace) -> list[np.ndarray]:
     """Beginnings of random pieces of the text, 1 to `--longest` tokens long."""
     random = np.random.default_rng(options.seed)
-    pieces = [piece.strip() for piece in options.text.read_text().split(options.separator) if piece.strip()]
+    pieces = [
+        piece.strip() for piece in options.text.read_text(encoding="utf-8").split(options.separator) if piece.strip()
+    ]
     begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     prompts = []
     for number in random.integers(0, len(pieces), options.prompts):

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lin_jax.attentions.settings import AttentionConfig
-from lin_jax.convert.hugging_face import Weights, shapes_of
+from lin_jax.convert.hugging_face import ModelWeights, shapes_of
 from lin_jax.experiment import Config
 from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama_settings import LlamaConfig
@@ -23,7 +23,7 @@ STARTS = {"alpha": 0.0, "filter": 0.0, "local_factor": 1.0}
 class Changed:
     """Weights with another attention, and the paths that are new in it or have no place there."""
 
-    weights: Weights
+    weights: ModelWeights
     new: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -55,7 +55,7 @@ def _start(model: ModelConfig) -> AttentionConfig:
     return type(model)().attention if transformer else model.attention
 
 
-def change_attention(weights: Weights, config: ModelConfig, dtype: str | None = None) -> Changed:
+def change_attention(weights: ModelWeights, config: ModelConfig, dtype: str | None = None) -> Changed:
     """`weights` in a model of `config`: parameters that only it has start as in a fresh model, in float32 or `dtype`.
 
     Raises:

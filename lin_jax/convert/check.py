@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lin_jax.convert.hugging_face import Weights
+from lin_jax.convert.hugging_face import ModelWeights
 from lin_jax.data.tokenizers import Tokenizer
 
 # Read by both models; a few hundred tokens.
@@ -41,7 +41,7 @@ def check_tokens(tokenizer: Tokenizer, longest: int) -> np.ndarray:
     return np.array([ids[: min(longest, MAX_TOKENS)]], np.int32)
 
 
-def logits_of(weights: Weights, tokens_BT: np.ndarray) -> np.ndarray:
+def logits_of(weights: ModelWeights, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits of our model, computed in float32."""
     config: Any = dataclasses.replace(weights.config, dtype="float32")
     graph, state = nnx.split(dataclasses.replace(weights, config=config).model())

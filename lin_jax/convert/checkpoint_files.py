@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lin_jax.convert.tensors import Index, Tensor, Tensors
+from lin_jax.convert.tensors import Index, Tensor, Tensors, listed
 from lin_jax.settings.base import ConfigError, require
 
 # Bytes after which a file of tensors is closed and the next one begun.
 SHARD_BYTES = 4 << 30
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
-_INDEXES = tuple(f"{name}.index.json" for name in _SINGLE)
+# In the order in which transformers looks for them: a file before an index, safetensors before PyTorch's.
+_PLACES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PYTORCH = (".bin", ".pt", ".pth")
 # Names of types in safetensors; other types are no model's parameters.
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,7 +33,8 @@ class CheckpointFiles(Tensors):
 
     Args:
         path: a file, or a directory with `model.safetensors` or `pytorch_model.bin`, or the shards that their index
-            names.
+            names. Where there are several, the one that transformers reads: a whole file before an index, which may
+            have been left behind.
 
     Raises:
         ConfigError: a file is missing, damaged, or holds other things than tensors; pickles are never executed.
@@ -47,7 +48,7 @@ class CheckpointFiles(Tensors):
             for name, shape, kind in self._describe(file):
                 self.shapes[name], self.types[name] = shape, kind
         missing = sorted(self._files.keys() - self.shapes.keys())
-        require(not missing, f"{path}: its index names {', '.join(missing[:3])}, which its files do not hold")
+        require(not missing, f"{path}: its index names {listed(missing)}, which its files do not hold")
 
     def __getitem__(self, name: str) -> np.ndarray:
         file = self._files[name]
@@ -89,25 +90,45 @@ def _locate(directory: Path) -> Iterator[tuple[str, Path]]:
     if directory.is_file():
         yield from ((name, directory) for name in _names(directory))
         return
-    for single, index in zip(_SINGLE, _INDEXES, strict=True):
-        if (directory / index).is_file():
-            yield from _read_index(directory, index)
-            return
-        if (directory / single).is_file():
-            file = directory / single
-            yield from ((name, file) for name in _names(file))
-            return
-    raise ConfigError(f"{directory} holds no tensors: neither {' nor '.join((*_SINGLE, *_INDEXES))}")
+    place = next((directory / name for name in _PLACES if (directory / name).is_file()), None)
+    if place is None:
+        raise ConfigError(f"{directory} holds no tensors: neither {' nor '.join(_PLACES)}")
+    if place.suffix == ".json":
+        yield from _read_index(place)
+    else:
+        yield from ((name, place) for name in _names(place))
 
 
-def _read_index(directory: Path, index: str) -> Iterator[tuple[str, Path]]:
+def _read_index(index: Path) -> Iterator[tuple[str, Path]]:
     try:
-        where = json.loads((directory / index).read_text())["weight_map"]
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{directory / index} is not an index of tensors: {error}") from error
+        raise ConfigError(f"{index} is not an index of tensors: {error}") from error
+    directory = index.parent
+    for file in sorted(set(where.values())):
+        _require_inside(index, file)
     absent = sorted({file for file in where.values() if not (directory / file).is_file()})
-    require(not absent, f"{directory} lacks {', '.join(absent[:3])}, which {index} names")
+    require(not absent, f"{directory} lacks {listed(absent)}, which {index.name} names")
+    held = {name for file in set(where.values()) for name in _names(directory / file)}
+    unnamed = sorted(held - where.keys())
+    require(not unnamed, f"{index} does not name {listed(unnamed)}, which its files hold: it is of another model")
     yield from ((name, directory / file) for name, file in where.items())
+
+
+def _require_inside(index: Path, file: str) -> None:
+    """Raise `ConfigError` for a file that does not lie in the index's directory, by its name or through a link.
+
+    In the cache of the Hub, `snapshots/REVISION/FILE` is a link to `blobs/HASH`, which is no way out.
+    """
+    directory = index.parent.resolve()
+    place = (directory / file).resolve()
+    homes = [directory]
+    if directory.parent.name == "snapshots":
+        homes.append(directory.parent.parent / "blobs")
+    inside = (
+        not Path(file).is_absolute() and ".." not in Path(file).parts and any(place.is_relative_to(x) for x in homes)
+    )
+    require(inside, f"{index} names {file!r}, which leads out of its directory: put the file beside it")
 
 
 def _names(file: Path) -> list[str]:
@@ -159,7 +180,7 @@ def write_tensors(directory: Path, tensors: Sequence[Tensor]) -> None:
     """Write safetensors, one tensor at a time, in several files with an index where they exceed `SHARD_BYTES`."""
     shards = _shards(tensors)
     if len(shards) == 1:
-        _write_shard(directory / _SINGLE[0], shards[0])
+        _write_shard(directory / _PLACES[0], shards[0])
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -167,7 +188,7 @@ def write_tensors(directory: Path, tensors: Sequence[Tensor]) -> None:
         _write_shard(directory / file, shard)
         where |= dict.fromkeys((tensor.name for tensor in shard), file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
-    (directory / _INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / _PLACES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

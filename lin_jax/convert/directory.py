@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lin_jax.convert.hub import TOKENIZER_FILES
-from lin_jax.convert.hugging_face import Weights, write_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, write_hugging_face
 from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
@@ -53,7 +53,7 @@ def check_target(directory: epath.PathLike, overwrite: bool) -> None:
     require(ours, f"{target} holds no model, so --overwrite does not remove it: choose another --output")
 
 
-def write_run(directory: Path, source: Source, weights: Weights, target: str) -> None:
+def write_run(directory: Path, source: Source, weights: ModelWeights, target: str) -> None:
     """Write a run of lin_jax to `directory`, which will become `target`."""
     _check_space(directory, weights, None)
     config = dataclasses.replace(source.config, model=weights.config, workdir=target)
@@ -67,7 +67,7 @@ def write_run(directory: Path, source: Source, weights: Weights, target: str) ->
     _write_heads(directory, source)
 
 
-def write_transformers(directory: Path, source: Source, weights: Weights, dtype: str | None) -> None:
+def write_transformers(directory: Path, source: Source, weights: ModelWeights, dtype: str | None) -> None:
     """Write a directory that Hugging Face's library loads; `dtype` None keeps the type of each tensor."""
     _check_space(directory, weights, dtype)
     tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": source.tokenizer.end_id}
@@ -90,7 +90,7 @@ def _name_special_tokens(directory: Path, tokenizer: Tokenizer) -> None:
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode([tokenizer.end_id])}
     if tokenizer.begin_id is not None:
         values["bos_token"] = tokenizer.decode([tokenizer.begin_id])
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -99,7 +99,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _check_space(directory: Path, weights: Weights, dtype: str | None) -> None:
+def _check_space(directory: Path, weights: ModelWeights, dtype: str | None) -> None:
     needed = sum(array.size * np.dtype(dtype or array.dtype).itemsize for array in weights.arrays.values())
     free = shutil.disk_usage(directory).free
     require(needed <= free, f"{directory.parent} has {free:,} bytes left, but the tensors need {needed:,}")

@@ -11,6 +11,8 @@ from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
 from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.settings.base import require
 
+# The names of what may be tied, and whether it is where config.json does not say.
+EMBEDDING, HEAD, IS_TIED = "transformer.wte.weight", "lm_head.weight", True
 # Hugging Face keeps these matrices as ours, [inputs, outputs].
 _LINEAR = {
     "attn.c_attn": "query_key_value",
@@ -18,6 +20,7 @@ _LINEAR = {
     "mlp.c_fc": "up",
     "mlp.c_proj": "down",
 }
+CONV1D = tuple(_LINEAR)
 _NORMS = {"ln_1": "attention_norm", "ln_2": "feed_forward_norm"}
 
 
@@ -25,7 +28,7 @@ def name_table(config: Gpt2Config) -> list[Entry]:
     """One entry a parameter."""
     layer, attention = "transformer.h.{layer}.", config.attention
     table = [
-        Entry("transformer.wte.weight", "embedding"),
+        Entry(EMBEDDING, "embedding"),
         Entry("transformer.wpe.weight", "position_embedding"),
         Entry("transformer.ln_f.weight", "norm.weight"),
         Entry("transformer.ln_f.bias", "norm.bias"),
@@ -36,6 +39,8 @@ def name_table(config: Gpt2Config) -> list[Entry]:
     for theirs, ours in _NORMS.items():
         table.append(Entry(f"{layer}{theirs}.weight", f"layers.{ours}.weight"))
         table.append(Entry(f"{layer}{theirs}.bias", f"layers.{ours}.bias"))
+    if not config.tie_embeddings:
+        table.append(transposed(HEAD, "logits.kernel"))
     if config.labels:
         table.append(transposed("score.weight", "score.kernel"))
     if attention.kind != "augmented":
@@ -50,8 +55,8 @@ def name_table(config: Gpt2Config) -> list[Entry]:
 
 
 def ignored(config: Gpt2Config) -> tuple[str, ...]:
-    """Ends of names that hold no parameters: masks, a filter that the official code never uses, the tied head."""
-    return ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight", "lm_head.weight")
+    """Ends of names that hold no parameters: masks, a filter that the official code never uses."""
+    return ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight")
 
 
 def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Gpt2Config:
@@ -68,7 +73,6 @@ def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tup
     )
     for name, needed in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         require(values.get(name, needed) == needed, f"config.json: {name}={values.get(name)} is not supported")
-    require(values.get("tie_word_embeddings", True), "config.json: tie_word_embeddings=false is not supported")
     return Gpt2Config(
         vocabulary_size=find(values, "vocab_size"),
         width=width,
@@ -77,6 +81,7 @@ def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tup
         feed_forward_size=values.get("n_inner") or 4 * width,
         positions=values.get("n_positions") or find(values, "n_ctx"),
         norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+        tie_embeddings=values.get("tie_word_embeddings", IS_TIED),
         labels=shapes["score.weight"][0] if "score.weight" in shapes else 0,
         attention=attention_from(values, _official_attention(shapes)),
         dtype=compute_type(values),
@@ -104,6 +109,7 @@ def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
         "n_positions": config.positions,
         "layer_norm_epsilon": config.norm_epsilon,
         "activation_function": "gelu_new",
+        "tie_word_embeddings": config.tie_embeddings,
         **attention_to(config.attention),
     }
     if config.labels:

@@ -18,7 +18,7 @@ from lin_jax.convert import gpt2, llama
 from lin_jax.convert.adapter import Adapted
 from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tensors
 from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
-from lin_jax.convert.tensors import Renamed, Tensor, Tensors
+from lin_jax.convert.tensors import Renamed, Tensor, Tensors, are_equal
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama_settings import LlamaConfig
@@ -34,7 +34,7 @@ _TYPES: dict[type, ModuleType] = {LlamaConfig: llama, Gpt2Config: gpt2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """A model as its settings and its parameters by path; see `lin_jax.layers.parameter.parameters_by_path`.
 
     Attributes:
@@ -58,7 +58,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Placement:
     """Where parameters are to lie, and in which type.
 
     Attributes:
@@ -82,13 +82,13 @@ def shapes_of(config: ModelConfig) -> dict[str, Any]:
     return parameters_by_path(nnx.eval_shape(lambda: create_model(config, nnx.Rngs(0))))
 
 
-def read_hugging_face(directory: Path, adapter: Path | None = None, target: Target = Target()) -> Weights:
+def read_hugging_face(directory: Path, adapter: Path | None = None, placement: Placement = Placement()) -> ModelWeights:
     """The model of a directory.
 
     Args:
         directory: with config.json and tensors.
         adapter: a LoRA adapter that is merged into it.
-        target: where the parameters are to lie, and their type.
+        placement: where the parameters are to lie, and their type.
 
     Raises:
         ConfigError: it is not one, of an unknown architecture, or its files do not agree with each other.
@@ -97,22 +97,57 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, target: Targ
     kind = values.get("model_type")
     require(kind in FAMILIES, f"{directory}: unknown architecture {kind!r}; there are {', '.join(FAMILIES)}")
     family, tensors = FAMILIES[str(kind)], _tensors_in(directory)
-    if adapter is not None:
-        tensors = Adapted(tensors, adapter)
-    config = family.config_from_hugging_face(values, tensors.shapes)
-    return read_tensors(config, family.name_table(config), tensors, family.ignored(config), target)
+    is_tied = bool(values.get("tie_word_embeddings", family.IS_TIED))
+    if is_tied:
+        tensors, is_tied = _untie(tensors, adapter, family)
+    elif adapter is not None:
+        tensors = Adapted(tensors, adapter, family.CONV1D)
+    config = family.config_from_hugging_face({**values, "tie_word_embeddings": is_tied}, tensors.shapes)
+    return read_tensors(config, family.name_table(config), tensors, family.ignored(config), placement)
 
 
 def _tensors_in(directory: Path) -> Tensors:
     """Those of a directory; the first published files of GPT-2 lack a prefix."""
     tensors = CheckpointFiles(directory)
-    bare = "wte.weight" in tensors
-    return Renamed(tensors, {f"transformer.{name}": name for name in tensors}) if bare else tensors
+    if "wte.weight" not in tensors:
+        return tensors
+    heads = ("lm_head.weight", "score.weight")
+    return Renamed(tensors, {name if name in heads else f"transformer.{name}": name for name in tensors})
+
+
+def _untie(tensors: Tensors, adapter: Path | None, family: ModuleType) -> tuple[Tensors, bool]:
+    """Return the tensors of a model whose config.json says that head and embedding are one, and whether they are.
+
+    The tensors decide, as in transformers: a file that holds both, not equal, has a head of its own; one that holds
+    either alone means both by it. An adapter changes the one that it names, as PEFT does while it trains, and not the
+    other, unless its `ensure_weight_tying` says so.
+    """
+    pair = {family.EMBEDDING, family.HEAD}
+    found = pair & tensors.keys()
+    if len(found) == 1:
+        alone = next(iter(found))
+        tensors = Renamed(tensors, dict.fromkeys(pair, alone) | {name: name for name in tensors})
+    source, are_one = family.EMBEDDING, len(found) == 1
+    if adapter is not None:
+        adapted = Adapted(tensors, adapter, family.CONV1D)
+        tensors, changed = adapted, pair & adapted.changed
+        if changed and adapted.ties:
+            source, are_one = (source if source in changed else family.HEAD), True
+        else:
+            are_one = are_one and not changed
+    are_one = are_one or (len(found) > 0 and are_equal(tensors, family.EMBEDDING, family.HEAD))
+    if not are_one:
+        return tensors, False
+    return Renamed(tensors, {name: name for name in tensors if name not in pair} | {family.EMBEDDING: source}), True
 
 
 def read_tensors(
-    config: ModelConfig, table: list[Entry], tensors: Tensors, ignored: tuple[str, ...], target: Target = Target()
-) -> Weights:
+    config: ModelConfig,
+    table: list[Entry],
+    tensors: Tensors,
+    ignored: tuple[str, ...],
+    placement: Placement = Placement(),
+) -> ModelWeights:
     """A model of another code's tensors, one at a time.
 
     Args:
@@ -120,35 +155,35 @@ def read_tensors(
         table: see `lin_jax.convert.names.read`.
         tensors: the other code's.
         ignored: ends of names that hold no parameters.
-        target: where the parameters are to lie, and their type.
+        placement: where the parameters are to lie, and their type.
 
     Raises:
         ConfigError: names, shapes or types that do not fit `config`.
     """
-    wanted = _wanted(config, table, tensors, target)
+    wanted = _wanted(config, table, tensors, placement)
     arrays = read(wanted, table, tensors, config.depth, ignored)
-    return Weights(config, arrays, tuple(unused_names(table, tensors, config.depth)))
+    return ModelWeights(config, arrays, tuple(unused_names(table, tensors, config.depth)))
 
 
-def _wanted(config: ModelConfig, table: list[Entry], tensors: Tensors, target: Target) -> dict[str, Any]:
+def _wanted(config: ModelConfig, table: list[Entry], tensors: Tensors, placement: Placement) -> dict[str, Any]:
     """Shape, type and place of every parameter."""
     structure = make_structure(lambda rngs: create_model(config, rngs))
     flat = nnx.to_flat_state(structure.abstract_parameters)
-    types = {entry.ours: _type_of(entry, tensors, config.depth, target) for entry in table}
+    types = {entry.ours: _type_of(entry, tensors, config.depth, placement) for entry in table}
     wanted = {}
     for path, variable in flat:
         name, shape = ".".join(map(str, path)), variable.get_value().shape
-        where = None if target.mesh is None else default_partition(target.mesh).sharding(variable.axes, shape)
+        where = None if placement.mesh is None else default_partition(placement.mesh).sharding(variable.axes, shape)
         wanted[name] = jax.ShapeDtypeStruct(shape, types.get(name, np.float32), sharding=where)
     return wanted
 
 
-def _type_of(entry: Entry, tensors: Tensors, depth: int, target: Target) -> np.dtype:
+def _type_of(entry: Entry, tensors: Tensors, depth: int, placement: Placement) -> np.dtype:
     """The type that holds all layers of one parameter."""
     found = {name: tensors.types[name] for name in names_of(entry, depth) if name in tensors}
     for name, kind in found.items():
         require(kind in FLOATS, f"{name} is of type {kind}, but parameters are {', '.join(FLOATS)}")
-    kinds = {np.dtype(target.type_of(kind)) for kind in found.values()}
+    kinds = {np.dtype(placement.type_of(kind)) for kind in found.values()}
     return np.result_type(*kinds) if kinds else np.dtype(np.float32)
 
 
@@ -157,14 +192,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     require(file.is_file(), f"{directory} has no config.json, and is no run of lin_jax")
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     require(isinstance(values, dict), f"{file} holds no settings")
     return values
 
 
-def write_hugging_face(directory: Path, weights: Weights, dtype: str | None, more: Mapping[str, Any]) -> None:
+def write_hugging_face(directory: Path, weights: ModelWeights, dtype: str | None, more: Mapping[str, Any]) -> None:
     """Write config.json and tensors.
 
     Args:
@@ -179,7 +214,7 @@ def write_hugging_face(directory: Path, weights: Weights, dtype: str | None, mor
     family, config = family_of(weights.config), weights.config
     kind = dtype or np.dtype(weights.arrays["embedding"].dtype).name
     values = {**family.config_to_hugging_face(config), "torch_dtype": kind, **more}
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_tensors(directory, list(_tensors(family, weights, dtype)))
 
 
@@ -193,7 +228,7 @@ def family_of(config: ModelConfig) -> ModuleType:
     return family
 
 
-def _tensors(family: ModuleType, weights: Weights, dtype: str | None) -> Iterator[Tensor]:
+def _tensors(family: ModuleType, weights: ModelWeights, dtype: str | None) -> Iterator[Tensor]:
     for tensor in tensors_of(family.name_table(weights.config), weights.arrays, weights.config.depth):
         yield tensor if dtype is None else dataclasses.replace(tensor, dtype=np.dtype(dtype))
     for name, array in family.extra_tensors(weights.config).items():

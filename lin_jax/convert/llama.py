@@ -12,6 +12,9 @@ from lin_jax.layers.rope import RopeConfig
 from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.settings.base import require
 
+# The names of what may be tied, whether it is where config.json does not say, and matrices kept as [inputs, outputs].
+EMBEDDING, HEAD, IS_TIED = "model.embed_tokens.weight", "lm_head.weight", False
+CONV1D: tuple[str, ...] = ()
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -20,7 +23,7 @@ def name_table(config: LlamaConfig) -> list[Entry]:
     """One entry a parameter."""
     layer = "model.layers.{layer}."
     table = [
-        Entry("model.embed_tokens.weight", "embedding"),
+        Entry(EMBEDDING, "embedding"),
         Entry("model.norm.weight", "norm.weight"),
         Entry(layer + "input_layernorm.weight", "layers.attention_norm.weight"),
         Entry(layer + "post_attention_layernorm.weight", "layers.feed_forward_norm.weight"),
@@ -32,14 +35,13 @@ def name_table(config: LlamaConfig) -> list[Entry]:
         if config.feed_forward_bias:
             table.append(Entry(f"{name}.bias", f"layers.feed_forward.{ours}.bias"))
     if not config.tie_embeddings:
-        table.append(transposed("lm_head.weight", "logits.kernel"))
+        table.append(transposed(HEAD, "logits.kernel"))
     return table
 
 
 def ignored(config: LlamaConfig) -> tuple[str, ...]:
-    """Ends of names that hold no parameters: frequencies, the mask of the official filters, a tied head."""
-    tied = ("lm_head.weight",) if config.tie_embeddings else ()
-    return ("rotary_emb.inv_freq", "self_attn.conv_mask", *tied)
+    """Ends of names that hold no parameters: frequencies, the mask of the official filters."""
+    return ("rotary_emb.inv_freq", "self_attn.conv_mask")
 
 
 def attention_table(config: LlamaConfig, theirs: str, ours: str) -> list[Entry]:
@@ -82,7 +84,7 @@ def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tup
         rope=_rope(values),
         attention_bias=values.get("attention_bias", False),
         feed_forward_bias=values.get("mlp_bias", False),
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        tie_embeddings=values.get("tie_word_embeddings", IS_TIED),
         attention=attention_from(values, _official_attention(shapes)),
         dtype=compute_type(values),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lin_jax.convert.hub import local_path
-from lin_jax.convert.hugging_face import Target
+from lin_jax.convert.hugging_face import Placement
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.settings.base import require
@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] 
         ConfigError: there is no model, or its parts do not fit together.
     """
     require(dtype in (None, "float32", "bfloat16"), f"dtype must be float32 or bfloat16, but is {dtype}")
-    source = read_source(Input(os.path.expanduser(path)), Target(make_mesh(MeshConfig()), dtype))
+    source = read_source(Input(os.path.expanduser(path)), Placement(make_mesh(MeshConfig()), dtype))
     weights = source.weights
     if dtype is not None:
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, dtype=dtype))

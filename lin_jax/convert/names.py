@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lin_jax.convert.tensors import Held, Index, Tensor, Tensors
+from lin_jax.convert.tensors import Held, Index, Tensor, Tensors, listed
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.settings.base import ConfigError, require
 
@@ -35,15 +35,15 @@ class Entry:
         ours: path of our parameter, joined by dots; one with `{layer}` in `theirs` is stacked over layers.
         to_ours: their array to ours, for one layer.
         to_theirs: the inverse.
-        cut: which part of their array holds a part of ours for one layer, and the other way round; None where only
-            the whole does.
+        their_index: which part of their array holds a part of ours for one layer, and the other way round; None where
+            only the whole does.
     """
 
     theirs: str
     ours: str
     to_ours: Callable[[np.ndarray], np.ndarray] = _same
     to_theirs: Callable[[np.ndarray], np.ndarray] = _same
-    cut: Callable[[Index], Index] | None = _same
+    their_index: Callable[[Index], Index] | None = _same
 
 
 def transposed(theirs: str, ours: str) -> Entry:
@@ -82,7 +82,7 @@ def tensors_of(table: list[Entry], ours: Mapping[str, Array], depth: int) -> Ite
         shape = entry.to_theirs(nothing).shape
         for layer, name in enumerate(names_of(entry, depth)):
             which = entry, array, layer if stacked else None
-            rows = functools.partial(_their_rows, *which) if entry.cut is not None and len(shape) == 2 else None
+            rows = functools.partial(_their_rows, *which) if entry.their_index is not None and len(shape) == 2 else None
             yield Tensor(name, shape, np.dtype(array.dtype), functools.partial(_their_array, *which), rows)
 
 
@@ -92,8 +92,8 @@ def _their_array(entry: Entry, array: Array, layer: int | None) -> np.ndarray:
 
 def _their_rows(entry: Entry, array: Array, layer: int | None, start: int, stop: int) -> np.ndarray:
     """Some rows of their array, the only ones that are brought to the host."""
-    assert entry.cut is not None
-    index = entry.cut((slice(start, stop), slice(None)))
+    assert entry.their_index is not None
+    index = entry.their_index((slice(start, stop), slice(None)))
     ranges = [range(*part.indices(size)) for part, size in zip(index, array.shape[-2:], strict=True)]
     begins, sizes = [part.start for part in ranges], [len(part) for part in ranges]
     if layer is not None:
@@ -165,9 +165,9 @@ def _check_names(
 ) -> None:
     wanted = {name for entry in table for name in names_of(entry, depth)}
     missing = sorted(wanted - set(theirs))
-    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}" + _more(missing))
+    require(not missing, f"the checkpoint lacks {listed(missing)}")
     unused = [name for name in unused_names(table, theirs, depth) if not name.endswith(ignore)]
-    require(not unused, f"the model has no place for {', '.join(unused[:5])}" + _more(unused))
+    require(not unused, f"the model has no place for {listed(unused)}")
     unset = sorted(set(ours) - {entry.ours for entry in table})
     require(not unset, f"no entry of the table sets {', '.join(unset)}")
 
@@ -193,10 +193,10 @@ def _one_to_ours(entry: Entry, name: str, theirs: Tensors, like: Any, where: Any
 
     def part(index: Index | None) -> np.ndarray:
         assert index is not None
-        if entry.cut is None:
+        if entry.their_index is None:
             found = entry.to_ours(theirs[name])[index]
         else:
-            found = entry.to_ours(theirs.part(name, entry.cut(index)))
+            found = entry.to_ours(theirs.part(name, entry.their_index(index)))
         return np.asarray(found).astype(like.dtype, copy=False)
 
     if where is None:
@@ -225,10 +225,6 @@ def names_of(entry: Entry, depth: int) -> list[str]:
     if "{layer}" not in entry.theirs:
         return [entry.theirs]
     return [entry.theirs.format(layer=layer) for layer in range(depth)]
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 5} more" if len(names) > 5 else ""
 
 
 def _assign(model: nnx.Module, path: str, value: Array) -> None:

@@ -13,7 +13,7 @@ from lin_jax.convert.attention import Changed, change_attention, target_config
 from lin_jax.convert.check import check_tokens, compare, logits_of, logits_of_transformers
 from lin_jax.convert.directory import check_target, replacing, write_run, write_transformers
 from lin_jax.convert.hub import local_path
-from lin_jax.convert.hugging_face import Target, Weights, family_of
+from lin_jax.convert.hugging_face import ModelWeights, Placement, family_of
 from lin_jax.convert.source import Input, read_source, tokens_in
 from lin_jax.paths import absolute, check_remote, copy_directory, is_remote
 from lin_jax.settings.base import require
@@ -65,7 +65,9 @@ def convert(
         require(dtype != "float16", "--dtype float16 is for --to hf: parameters of lin_jax are float32 or bfloat16")
     given = Input(source_name, tokenizer, adapter, tuple(overrides or ()))
     with _becoming(name) as directory:
-        changed = _convert(given, directory, name, Target(_mesh(), dtype, float16=to == "hf"), attention, to, overwrite)
+        changed = _convert(
+            given, directory, name, Placement(_mesh(), dtype, float16=to == "hf"), attention, to, overwrite
+        )
         _report_names(changed, name, report)
         del changed
         if check:
@@ -87,7 +89,7 @@ def _becoming(name: str) -> Iterator[Path]:
 
 
 def _convert(
-    given: Input, target: Path, name: str, place: Target, attention: str | None, to: str, overwrite: bool
+    given: Input, target: Path, name: str, place: Placement, attention: str | None, to: str, overwrite: bool
 ) -> Changed:
     source = read_source(given, place)
     if to == "hf":
@@ -131,7 +133,7 @@ def _without_numbers(names: Iterable[str]) -> list[str]:
 
 def _check(given: Input, target: Path, report: Report) -> None:
     """Read both again, in the types of their files, one after the other."""
-    place = Target(_mesh(), float16=True)
+    place = Placement(_mesh(), float16=True)
     source = read_source(given, place)
     tokens_BT = check_tokens(source.tokenizer, tokens_in(source.config.model, otherwise=1 << 30))
     source_BTV, path = logits_of(source.weights, tokens_BT), local_path(given.name)
@@ -148,6 +150,6 @@ def _check(given: Input, target: Path, report: Report) -> None:
             report(f"result against transformers on the {name}: {compare(theirs_BTV, result_BTV)}")
 
 
-def _is_plain(weights: Weights, directory: Path) -> bool:
+def _is_plain(weights: ModelWeights, directory: Path) -> bool:
     """Whether Hugging Face's library computes this model: it knows the original attention only."""
     return (directory / "config.json").is_file() and weights.config.attention.kind == "softmax"

@@ -6,7 +6,7 @@ from pathlib import Path
 from lin_jax.convert import flash, llama
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hub import local_path
-from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, read_tensors
+from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, read_tensors
 from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
 from lin_jax.convert.medusa import find_heads, read_heads
 from lin_jax.convert.tensors import Tensors
@@ -54,14 +54,14 @@ class Source:
         heads: the model's Medusa heads, or None.
     """
 
-    weights: Weights
+    weights: ModelWeights
     config: Config
     tokenizer: Tokenizer
     tokenizer_files: Path
     heads: MedusaHeads | None = None
 
 
-def read_source(given: Input, target: Target) -> Source:
+def read_source(given: Input, placement: Placement) -> Source:
     """The model that is meant, of any kind that can be read.
 
     Raises:
@@ -72,27 +72,29 @@ def read_source(given: Input, target: Target) -> Source:
         require(
             given.adapter is None, "--adapter is for models in Hugging Face's form, but --input is a run of lin_jax"
         )
-        return _read_run(path, given, target)
+        return _read_run(path, given, placement)
     if (path / "config.json").is_file():
-        weights = read_hugging_face(path, given.adapter, target)
+        weights = read_hugging_face(path, given.adapter, placement)
         source = _source(weights, *_tokenizer_of(path, given.tokenizer or str(path)))
         return dataclasses.replace(source, heads=_heads_beside(path, weights.config))
     require(given.adapter is None, f"--adapter is for models in Hugging Face's form, but {path} has no config.json")
-    weights = _read_llama2c(path, target) if path.is_file() and is_llama2c(path) else _read_flash(path, given, target)
+    weights = (
+        _read_llama2c(path, placement) if path.is_file() and is_llama2c(path) else _read_flash(path, given, placement)
+    )
     require(given.tokenizer is not None, f"{path} has no tokenizer: give --tokenizer DIR")
     return _source(weights, *_tokenizer_of(path, str(given.tokenizer)))
 
 
-def _read_run(path: Path, given: Input, target: Target) -> Source:
-    model, tokenizer, config = load_model(str(path), target.mesh)
+def _read_run(path: Path, given: Input, placement: Placement) -> Source:
+    model, tokenizer, config = load_model(str(path), placement.mesh)
     merge_lora(model)
     heads = _heads_beside(path, config.model) if model.medusa is None else model.medusa
     model.medusa = None
     arrays = parameters_by_path(model)
     del model  # It holds them too.
     for name, array in arrays.items():
-        arrays[name] = array.astype(target.type_of(array.dtype.name))
-    weights = Weights(config.model, arrays)
+        arrays[name] = array.astype(placement.type_of(array.dtype.name))
+    weights = ModelWeights(config.model, arrays)
     files = Path(tokenizer_files(str(path)))
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
@@ -118,18 +120,18 @@ def _on_its_own(config: Config, tokenizer: str) -> Config:
     return dataclasses.replace(config, data=data, finetune=FinetuneConfig())
 
 
-def _read_llama2c(file: Path, target: Target) -> Weights:
+def _read_llama2c(file: Path, placement: Placement) -> ModelWeights:
     tensors = Llama2cFile(file)
-    return read_tensors(tensors.config, llama.name_table(tensors.config), tensors, (), target)
+    return read_tensors(tensors.config, llama.name_table(tensors.config), tensors, (), placement)
 
 
-def _read_flash(path: Path, given: Input, target: Target) -> Weights:
+def _read_flash(path: Path, given: Input, placement: Placement) -> ModelWeights:
     tensors = _flash_tensors(path)
     config = Config(model=flash.config_from_shapes(tensors.shapes))
     model = apply_overrides(config, given.overrides).model
     assert isinstance(model, FlashConfig)
     table = flash.name_table(model, flash.kernel_of(tensors.shapes))
-    return read_tensors(model, table, tensors, flash.ignored(model), target)
+    return read_tensors(model, table, tensors, flash.ignored(model), placement)
 
 
 def _flash_tensors(path: Path) -> Tensors:
@@ -144,7 +146,7 @@ def _tokenizer_of(path: Path, name: str) -> tuple[Tokenizer, Path]:
     return load_tokenizer(DataConfig(tokenizer=name), path), Path(name)
 
 
-def _source(weights: Weights, tokenizer: Tokenizer, files: Path) -> Source:
+def _source(weights: ModelWeights, tokenizer: Tokenizer, files: Path) -> Source:
     _require_known_tokens(tokenizer, weights.config, str(files))
     data = DataConfig(tokenizer=str(files), sequence_length=tokens_in(weights.config, DataConfig().sequence_length))
     return Source(weights, Config(model=weights.config, data=data), tokenizer, files)

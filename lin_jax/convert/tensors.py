@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -71,6 +71,22 @@ class Renamed(Tensors):
     def part(self, name: str, index: Index) -> np.ndarray:
         """The same part under the other name."""
         return self._tensors.part(self._names[name], index)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of many names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def are_equal(tensors: Tensors, one: str, other: str) -> bool:
+    """Return whether two tensors hold the same numbers, reading not much more than `CHUNK_BYTES` at a time."""
+    shape = tensors.shapes[one]
+    if shape != tensors.shapes[other] or not shape:
+        return False
+    rows = max(1, CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    rest = (slice(None),) * (len(shape) - 1)
+    parts = ((slice(start, min(start + rows, shape[0])), *rest) for start in range(0, shape[0], rows))
+    return all(np.array_equal(tensors.part(one, part), tensors.part(other, part)) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)

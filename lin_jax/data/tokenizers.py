@@ -157,10 +157,10 @@ def restore_tokenizer(directory: epath.PathLike) -> Tokenizer:
     """
     directory = epath.Path(directory)
     try:
-        info = json.loads((directory / _INFO).read_text())
+        info = json.loads((directory / _INFO).read_text(encoding="utf-8"))
         if info["kind"] == "bytes":
             return BytesTokenizer()
-        backend = tokenizers.Tokenizer.from_str((directory / _LIBRARY_FILE).read_text())
+        backend = tokenizers.Tokenizer.from_str((directory / _LIBRARY_FILE).read_text(encoding="utf-8"))
         return LibraryTokenizer(backend, end_id=info["end_id"], begin_id=info["begin_id"])
     except Exception as error:  # the library raises Exception itself
         raise ConfigError(f"no tokenizer can be read from {directory}: {first_line(error)}") from error

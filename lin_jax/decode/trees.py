@@ -28,7 +28,7 @@ def find_tree(name: str) -> Tree:
         name.endswith(".json"), f"unknown tree {name!r}; there are {', '.join(TREES)}, or a .json file with its paths"
     )
     try:
-        values = json.loads(Path(name).read_text())
+        values = json.loads(Path(name).read_text(encoding="utf-8"))
         return tree_from_paths(_checked(values.get("paths") if isinstance(values, dict) else values))
     except OSError as error:
         raise ConfigError(f"tree={name} cannot be read: {error.strerror}") from error
@@ -47,7 +47,7 @@ def _checked(paths: Any) -> list[list[int]]:
 def write_tree(file: Path, paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> None:
     """Write a tree for `find_tree`, with the accuracies it was chosen from."""
     values = {"paths": [list(path) for path in paths], "accuracy": [list(row) for row in accuracy]}
-    file.write_text(json.dumps(values) + "\n")
+    file.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[TreePath]:

@@ -81,7 +81,7 @@ def read_prompts(file: Path, tokenizer: Tokenizer, *, limit: int, longest: int, 
         ConfigError: there are none.
     """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         texts = _of_lines(text) if file.suffix == ".jsonl" else text.split(separator)
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ConfigError(f"{file} holds no prompts: {error}") from error

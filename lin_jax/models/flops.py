@@ -124,7 +124,7 @@ def _adapter_flops(own: Sequence[Matrix], finetune: FinetuneConfig) -> int:
 
 def _head_flops(config: ModelConfig, trains: Callable[[Path], bool], reached: bool) -> Flops:
     """The head. Logits are never kept: the backward pass computes them again."""
-    tied = isinstance(config, Gpt2Config) or (isinstance(config, LlamaConfig) and config.tie_embeddings)
+    tied = isinstance(config, LlamaConfig | Gpt2Config) and config.tie_embeddings
     path = ("embedding",) if tied else ("logits", "kernel")
     forward = 2 * config.width * config.vocabulary_size
     times = (reached or trains(("norm", "weight"))) + trains(path)

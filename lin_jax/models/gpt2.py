@@ -81,7 +81,7 @@ class Gpt2Layer(nnx.Module):
 
 
 class Gpt2(LanguageModel):
-    """Token and position embeddings, layers, norm, and a head that shares the tokens' matrix."""
+    """Token and position embeddings, layers, norm, and a head that nearly always shares the tokens' matrix."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         V, C = config.vocabulary_size, config.width
@@ -92,6 +92,8 @@ class Gpt2(LanguageModel):
         self.position_embedding = parameter(positions, ("positions", "width"), decay=True)
         self.layers = stack_layers(lambda rngs: Gpt2Layer(config, rngs=rngs), config.depth, rngs)
         self.norm = LayerNorm(C, config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.logits = Linear(C, V, ("width", "vocabulary"), bias=False, deviation=DEVIATION, rngs=rngs)
         if config.labels:
             self.score = Linear(C, config.labels, ("width", None), bias=False, deviation=DEVIATION, rngs=rngs)
 
@@ -142,7 +144,9 @@ class Gpt2(LanguageModel):
 
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits of `features`, float32."""
-        return (x_BTC @ self.embedding[...].astype(x_BTC.dtype).T).astype(jnp.float32)
+        if self.config.tie_embeddings:
+            return (x_BTC @ self.embedding[...].astype(x_BTC.dtype).T).astype(jnp.float32)
+        return self.logits(x_BTC).astype(jnp.float32)
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None

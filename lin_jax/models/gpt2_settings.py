@@ -27,6 +27,7 @@ class Gpt2Config:
     feed_forward_size: int = setting(3072, "feed-forward width F")
     positions: int = setting(1024, "learned positions, and so tokens in the longest row")
     norm_epsilon: float = setting(1e-5, "added to the variance in norms")
+    tie_embeddings: bool = setting(True, "the head shares the embedding's matrix")
     labels: int = setting(0, "classes of a sequence-classification head; 0: the model has none")
     attention: AttentionConfig = section(paper_attention, "the attention of every layer")
     dtype: Literal["float32", "bfloat16"] = setting("float32", DTYPE_DOC)

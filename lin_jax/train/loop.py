@@ -235,8 +235,10 @@ def _learn_tokenizer(config: Config) -> Tokenizer:
     with tempfile.TemporaryDirectory() as directory:
         if jax.process_index() == 0:
             load_tokenizer(config.data, directory)
-        for name, text in agree_on({file.name: file.read_text() for file in Path(directory).iterdir()}).items():
-            Path(directory, name).write_text(text)
+        for name, text in agree_on(
+            {file.name: file.read_text(encoding="utf-8") for file in Path(directory).iterdir()}
+        ).items():
+            Path(directory, name).write_text(text, encoding="utf-8")
         return restore_tokenizer(directory)
 
 

@@ -36,7 +36,7 @@ def write_run_record(directory: Path, config: Config, step: int, parameters: int
 
 def _earlier_starts(file: Path) -> list[Any]:
     try:
-        return list(json.loads(file.read_text())["starts"])
+        return list(json.loads(file.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError):
         return []
 
@@ -73,4 +73,4 @@ def _git() -> dict[str, Any] | None:
 
 def _run_git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=10).stdout

@@ -19,7 +19,7 @@ import convert_weights
 import eval as eval_program
 import train as train_program
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
-from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
 from lin_jax.layers.parameter import parameters_by_path
@@ -58,7 +58,7 @@ def random_weights(config):
         path: jnp.asarray(random.normal(size=s.shape), config.dtype).astype(s.dtype)
         for path, s in shapes_of(config).items()
     }
-    return Weights(config, arrays)
+    return ModelWeights(config, arrays)
 
 
 def make_directory(path, config):
@@ -149,7 +149,7 @@ def test_no_parameters_but_floats(tmp_path, capsys):
 
 def test_each_device_gets_its_part(source):
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    whole, cut = read_hugging_face(source).arrays, read_hugging_face(source, target=Target(mesh)).arrays
+    whole, cut = read_hugging_face(source).arrays, read_hugging_face(source, placement=Placement(mesh)).arrays
     for path, array in whole.items():
         np.testing.assert_array_equal(cut[path], array)
     for path in ("embedding", "layers.attention.query.kernel", "layers.feed_forward.down.kernel"):
@@ -242,6 +242,7 @@ def index(source, file):
     names = load_file(source / "model.safetensors")
     where = json.dumps({"weight_map": dict.fromkeys(names, file)})
     (source / "model.safetensors.index.json").write_text(where)
+    (source / "model.safetensors").unlink()
 
 
 def cut_short(source):
@@ -399,7 +400,7 @@ def test_a_trained_model_goes_to_hugging_face(tmp_path, capsys):
 def test_hugging_face_has_no_flash(tmp_path, capsys):
     config = FlashConfig(vocabulary_size=257, width=4, depth=1, query_key_size=4, rotary_size=2)
     arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
-    save_model(str(tmp_path / "flash"), Weights(config, arrays).nested(), Config(model=config), BytesTokenizer())
+    save_model(str(tmp_path / "flash"), ModelWeights(config, arrays).nested(), Config(model=config), BytesTokenizer())
     assert convert(tmp_path / "flash", tmp_path / "out", "--to", "hf") == 2
     assert_refused(capsys, "only llama and gpt2 models have Hugging Face's form, but this is a flash model")
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from lin_jax.convert import names, tensors
 from lin_jax.convert.checkpoint_files import CheckpointFiles
-from lin_jax.convert.hugging_face import Target, Weights, read_hugging_face, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import AttentionConfig, Config, DataConfig, LlamaConfig, MeshConfig
 from lin_jax.layers.parameter import parameters_by_path
@@ -44,13 +44,13 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("source")
     random = np.random.default_rng(0)
     arrays = {path: jnp.asarray(random.normal(size=s.shape), s.dtype) for path, s in shapes_of(MODEL).items()}
-    write_hugging_face(path, Weights(MODEL, arrays), None, {})
+    write_hugging_face(path, ModelWeights(MODEL, arrays), None, {})
     return path
 
 
 @pytest.fixture(scope="module")
 def weights(directory):
-    return read_hugging_face(directory, target=Target(make_mesh(CUT)))
+    return read_hugging_face(directory, placement=Placement(make_mesh(CUT)))
 
 
 def largest_part(shapes):
@@ -81,7 +81,7 @@ def test_a_conversion_reads_and_writes_parts(directory, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(CheckpointFiles, "part", part)
-    found = read_hugging_face(directory, target=Target(make_mesh(CUT)))
+    found = read_hugging_face(directory, placement=Placement(make_mesh(CUT)))
     shapes = CheckpointFiles(directory).shapes
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     for name, size in matrices.items():

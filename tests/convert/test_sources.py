@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lin_jax.convert import hub
-from lin_jax.convert.hugging_face import Target, read_hugging_face
+from lin_jax.convert.hugging_face import Placement, read_hugging_face
 from lin_jax.convert.source import Input, read_source
 from lin_jax.train.saved_model import load_model
 from tests.convert.test_convert import GPT2, LLAMA, STORIES, assert_refused, convert, make_directory, needs_stories
@@ -158,7 +158,7 @@ def test_official_flash(prefix, tmp_path):
     file = write_flash(tmp_path / "dir" / "model.safetensors", prefix)
     for number, source in enumerate((file, file.parent)):
         given = Input(str(source), str(small_tokenizer(tmp_path)), None, FLASH_SETTINGS)
-        weights = read_source(given, Target()).weights
+        weights = read_source(given, Placement()).weights
         logits = np.asarray(weights.model()(jnp.asarray(FLASH.arrays("in")["ids"][:, :-1])))
         assert np.abs(logits - FLASH.arrays("out")["logits"]).max() < 1e-4, number
     assert convert(file, tmp_path / "run", "--tokenizer", str(small_tokenizer(tmp_path)), *FLASH_SETTINGS) == 0
@@ -330,7 +330,7 @@ BAD_ADAPTERS = {
         {"base_model.model.model.extra.weight": np.zeros(3, np.float32)}
     ),
     "holds model.layers.0.self_attn.q_proj.weight both whole and as an update": lambda t: t.update(
-        {f"{Q}.base_layer.weight": np.zeros((16, 16), np.float32)}
+        {f"{Q}.weight": np.zeros((16, 16), np.float32)}
     ),
 }
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from lin_jax.convert.hugging_face import Target, Weights
+from lin_jax.convert.hugging_face import ModelWeights, Placement
 from lin_jax.convert.program import convert
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import BytesTokenizer
@@ -283,10 +283,10 @@ def test_a_plan_counts_what_is_trained(settings, tmp_path):
 def test_adapters_are_merged_by_a_conversion(finished, tmp_path, to):
     target = tmp_path / to
     convert(finished.workdir, target, to=to)
-    weights = read_source(Input(str(target), tokenizer="bytes"), Target(make_mesh(MeshConfig()))).weights
+    weights = read_source(Input(str(target), tokenizer="bytes"), Placement(make_mesh(MeshConfig()))).weights
     model = load_model(finished.workdir)[0]
     tokens = jnp.arange(40).reshape(2, 20)
     assert not any("adapter" in name for name in weights.arrays)
     # A directory of Hugging Face names one type, that of the embedding, in which it is then computed.
-    merged = Weights(dataclasses.replace(weights.config, dtype="float32"), weights.arrays).model()
+    merged = ModelWeights(dataclasses.replace(weights.config, dtype="float32"), weights.arrays).model()
     np.testing.assert_allclose(merged(tokens), model(tokens), atol=1e-5)

@@ -16,7 +16,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from safetensors.numpy import load_file
 
 import convert_weights
-from lin_jax.convert.hugging_face import Weights, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, shapes_of, write_hugging_face
 from lin_jax.data.files import text_files
 from lin_jax.data.tokenizers import load_tokenizer
 from lin_jax.experiment import (
@@ -130,7 +130,7 @@ def test_conversions_there_and_back(bucket, tmp_path, capsys):
     model = Gpt2Config(vocabulary_size=2, attention=attention, **sizes)
     random = np.random.default_rng(0)
     arrays = {path: jnp.asarray(random.normal(size=s.shape), s.dtype) for path, s in shapes_of(model).items()}
-    write_hugging_face(bucket / "theirs", Weights(model, arrays), None, {})
+    write_hugging_face(bucket / "theirs", ModelWeights(model, arrays), None, {})
     for source, target, form in (("theirs", "ours", "lin_jax"), ("ours", "back", "hf")):
         names = f"gs://bucket/{source}", f"gs://bucket/{target}"
         assert convert_weights.main(["--input", names[0], "--output", names[1], "--to", form]) == 0

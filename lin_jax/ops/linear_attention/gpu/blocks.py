@@ -54,7 +54,7 @@ class Tuning:
 @functools.cache
 def table() -> dict[str, Any]:
     """The sizes of every device."""
-    return tomllib.loads((resources.files(__package__) / "blocks.toml").read_text())
+    return tomllib.loads((resources.files(__package__) / "blocks.toml").read_text(encoding="utf-8"))
 
 
 def tuning(device_kind: str, name: str) -> Tuning:

@@ -113,7 +113,7 @@ class Plan:
 @functools.cache
 def table() -> dict[str, Any]:
     """The entries of `blocks.toml`."""
-    return tomllib.loads(importlib.resources.files(__package__).joinpath("blocks.toml").read_text())
+    return tomllib.loads(importlib.resources.files(__package__).joinpath("blocks.toml").read_text(encoding="utf-8"))
 
 
 def sizes_of(inputs: Inputs) -> Sizes:
