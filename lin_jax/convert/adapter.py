@@ -135,8 +135,6 @@ class Adapted(Tensors):
         trained_on = name not in self._whole or ".base_layer." in self._whole[name][1]
         require(trained_on, f"{where} holds {name} both whole and as an update")
         a, b = (self._factors.shapes[factor] for factor in (update.a, update.b))
-        fits = len(a) == len(b) == 2 and a[0] == b[1]
-        require(fits, f"{where}: {update.a} of shape {a} and {update.b} of shape {b} are no factors of a matrix")
         self._require_shape(name, (a[1], b[0]) if update.transposed else (b[0], a[1]))
 
 
@@ -190,7 +188,11 @@ def _sort_names(
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         lacking = [part for part in (a, b) if part not in pair]
         require(not lacking, f"{directory} lacks {', '.join(lacking)} of {module}")
-        scale = _scale(module, factors.shapes[pair[a]][0], settings, directory)
+        shapes = [factors.shapes[pair[part]] for part in (a, b)]
+        fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][0] == shapes[1][1]
+        told = [f"{pair[part]} of shape {shape}" for part, shape in zip((a, b), shapes, strict=True)]
+        require(fits, f"{directory}: {' and '.join(told)} are no factors of a matrix")
+        scale = _scale(module, shapes[0][0], settings, directory)
         updates[f"{module}.weight"] = _Update(pair[a], pair[b], scale, embedding or module.endswith(conv1d))
     return updates, whole
 

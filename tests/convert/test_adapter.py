@@ -158,7 +158,6 @@ KEYS = (
     "self_attn.q_proj",
     "layers.11.self_attn.q_proj",
     "v_proj",
-    "proj",
     "^model.*q_proj",
 )
 
