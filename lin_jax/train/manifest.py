@@ -49,7 +49,7 @@ def write_manifest(directory: epath.Path) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(_sum_of_file, [directory / name for name in names])
         found = dict(zip(names, sums, strict=True))
-    (directory / MANIFEST).write_text(json.dumps(found, indent=0))
+    (directory / MANIFEST).write_text(json.dumps(found, indent=0), encoding="utf-8")
 
 
 def require_undamaged(directory: epath.Path, items: Collection[str]) -> None:
