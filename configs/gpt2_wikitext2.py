@@ -19,6 +19,7 @@ from lin_jax.experiment import (
     Gpt2Config,
     OptimizerConfig,
     TrainConfig,
+    require,
 )
 
 ATTENTION = AttentionConfig(local="softmax", group_size=64, local_groups=2)
@@ -30,6 +31,7 @@ TOKENIZERS = {"finetune": "checkpoint", "scratch": "gpt2", "small": "train"}
 
 
 def get_config(variant: str = "finetune") -> Config:
+    require(variant in TOKENIZERS, f"unknown {variant}; there are {', '.join(TOKENIZERS)}")
     small, finetune = variant == "small", variant == "finetune"
     return Config(
         workdir=f"runs/gpt2/{variant}",

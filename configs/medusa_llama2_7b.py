@@ -1,6 +1,6 @@
 """Medusa heads for LLaMA-2-7B, linearized and finetuned; the model is frozen (Medusa-1).
 
-Finetune the model first (`configs/llama2_7b_lora.py`), and let it write the texts that its heads learn from, or give
+Finetune the model first (`configs/llama2.py:7b,lora`), and let it write the texts that its heads learn from, or give
 others with --config.data.path. `configs/medusa_llama2_7b.py:joint` trains adapters with the heads (Medusa-2), from a
 run of heads. What it needs on each of 8 devices: --config.plan=cpu:8
 """
@@ -17,10 +17,12 @@ from lin_jax.experiment import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
+    require,
 )
 
 
 def get_config(stage: str = "heads") -> Config:
+    require(stage in ("heads", "joint"), f"unknown {stage}; there are heads, joint")
     joint = stage == "joint"
     return Config(
         workdir=f"runs/llama2_7b/medusa_{stage}",

@@ -22,6 +22,7 @@ from lin_jax.experiment import (
     MedusaConfig,
     OptimizerConfig,
     TrainConfig,
+    require,
 )
 
 ATTENTION = {
@@ -32,6 +33,8 @@ ATTENTION = {
 
 def get_config(attention: str = "softmax,heads") -> Config:
     kind, _, stage = attention.partition(",")
+    known = kind in ATTENTION and stage in ("", "heads", "joint")
+    require(known, f"unknown {attention}; there are softmax, augmented, each alone or with ,heads or ,joint after it")
     joint = stage == "joint"
     return Config(
         workdir=f"runs/stories260k/medusa_{kind}{'_joint' if joint else ''}",

@@ -19,10 +19,12 @@ from lin_jax.experiment import (
     LlamaConfig,
     OptimizerConfig,
     TrainConfig,
+    require,
 )
 
 
 def get_config(stage: str = "finetune") -> Config:
+    require(stage in ("finetune", "transfer"), f"unknown {stage}; there are finetune, transfer")
     transfer = stage == "transfer"
     return Config(
         workdir=f"runs/stories260k/{stage}",
