@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, and how all of them end when one does.
 
 JAX's coordination service, in process 0, notices a process that sends no heartbeats any more, and aborts all others;
-they would wait for it forever in their next collective. `last_words` then says what happened.
+they would wait for it forever in their next collective. `end_notice` then says what happened.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.distributed import DistributedConfig
-from lin_jax.train.last_words import AGAIN, LastWords
+from lin_jax.train.end_notice import AGAIN, EndNotice
 
 # Seconds without a heartbeat after which a process counts as dead. JAX's own 100 would exceed a minute.
 HEARTBEAT_SECONDS = 30
@@ -63,9 +63,9 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     if place is None or place.processes == 1:
         yield
         return
-    last_words = LastWords(str(place))
+    end_notice = EndNotice(str(place))
     try:
-        _join(place, config.timeout, last_words)
+        _join(place, config.timeout, end_notice)
         yield
         wait_for_all("end")
     except BaseException as error:
@@ -73,10 +73,10 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         if place.process == 0:
             # Its end ends all others at once: let them say what they have to say.
             time.sleep(GRACE_SECONDS)
-        last_words.spare()
+        end_notice.cancel()
         _leave(2 if isinstance(error, ConfigError) else 1)
     jax.distributed.shutdown()
-    last_words.spare()
+    end_notice.cancel()
 
 
 def find_place(config: DistributedConfig) -> Place | None:
@@ -181,12 +181,12 @@ def _launched() -> Place | None:
     return Place(launcher.get_process_id(), launcher.get_process_count(), where, options)
 
 
-def _join(place: Place, seconds: int, last_words: LastWords) -> None:
+def _join(place: Place, seconds: int, end_notice: EndNotice) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would catch SIGTERM, which is ours to handle (`lin_jax.train.stop`).
     jax.config.update("jax_enable_preemption_service", False)
     # JAX would abort with pages of text when time is up.
-    limit = threading.Timer(seconds, _give_up, (place, seconds, last_words))
+    limit = threading.Timer(seconds, _give_up, (place, seconds, end_notice))
     limit.daemon = True
     limit.start()
     jax.distributed.initialize(
@@ -198,13 +198,13 @@ def _join(place: Place, seconds: int, last_words: LastWords) -> None:
     limit.cancel()
 
 
-def _give_up(place: Place, seconds: int, last_words: LastWords) -> NoReturn:
+def _give_up(place: Place, seconds: int, end_notice: EndNotice) -> NoReturn:
     print(
         f"error: {place} has not met all others at {place.where} within {seconds} s: see that each host runs the "
         "command, and reaches that address (config.distributed.timeout)",
         file=sys.stderr,
     )
-    last_words.spare()
+    end_notice.cancel()
     _leave(2)
 
 

@@ -29,7 +29,7 @@ from lin_jax.tasks.medusa import describe_heads, head_values, medusa_evaluation,
 from lin_jax.tasks.transfer import transfer_loss
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
-from lin_jax.train.distributed import agree_on, only_first, require_shared, settled
+from lin_jax.train.distributed import agree_on, any_process, only_first, require_shared, settled
 from lin_jax.train.feed import Feed
 from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -131,7 +131,7 @@ def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in _BATCH_TYPES.items()}
 
 
-def train(config: Config, report: Report = print) -> Result:
+def train(config: Config, report: Report = print, stop: StopRequest | None = None) -> Result:
     """Train, from the newest checkpoint in `config.workdir` if there is one.
 
     SIGTERM and Ctrl-C save a checkpoint and end the run, which goes on when it is started again.
@@ -139,6 +139,7 @@ def train(config: Config, report: Report = print) -> Result:
     Args:
         config: all settings.
         report: is called with each line for the user.
+        stop: says when to stop; while it trains, SIGTERM and Ctrl-C do by default.
 
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
@@ -150,7 +151,7 @@ def train(config: Config, report: Report = print) -> Result:
         ready = _prepare(config, partition)
         parts = make_parts(config, partition)
         with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
-            return _train(parts, ready, iterator, lock, report)
+            return _train(parts, ready, iterator, lock, report, stop or StopRequest())
 
 
 def show_sharding(config: Config) -> str:
@@ -169,7 +170,9 @@ def _with_absolute_base(config: Config) -> Config:
     return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
 
 
-def _train(parts: Parts, ready: _Ready, iterator: Any, lock: workdir.RunLock, report: Report) -> Result:
+def _train(
+    parts: Parts, ready: _Ready, iterator: Any, lock: workdir.RunLock, report: Report, stop: StopRequest
+) -> Result:
     config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
     start = _new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
@@ -198,8 +201,7 @@ def _train(parts: Parts, ready: _Ready, iterator: Any, lock: workdir.RunLock, re
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, fingerprints, log.message)
     try:
-        with StopRequest() as stop:
-            return _Run(parts, tokenizer, files, log, saver, stop).go_on(state, step, iterator)
+        return _Run(parts, tokenizer, files, log, saver, stop).run(state, step, iterator)
     finally:
         saver.close()
         log.close()
@@ -296,7 +298,7 @@ class _Run:
         self._bytes_per_token: float | None = None
         self._tracing = False
 
-    def go_on(self, state: TrainState, start: int, iterator: Iterator) -> Result:
+    def run(self, state: TrainState, start: int, iterator: Iterator) -> Result:
         """Train from step `start` to the end, or until asked to stop."""
         steps = self._train.steps
         if start:
@@ -305,11 +307,16 @@ class _Run:
             self._validate(0, state)  # What the model can do before it is changed further.
         update: Any = self._compile(state) if start < steps else None
         self._log.restart_clock()
+        with self._stop.saving():
+            return self._steps(update, state, start, iterator)
+
+    def _steps(self, update: Any, state: TrainState, start: int, iterator: Iterator) -> Result:
+        steps = self._train.steps
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
             state, metrics = settled(update(state, self._to_devices(next(iterator))))
             self._log.add(step, metrics)
-            if self._stop.requested(agree=self._due(step, self._train.log_every)):
+            if self._is_told_to_stop(step):
                 self._save(step, state, iterator)
                 return self._finish(step, interrupted=True)
             self._after(step, state, iterator)
@@ -327,6 +334,12 @@ class _Run:
             self._validate(step, state)
         if step < self._train.steps and self._due(step, self._parts.config.checkpoint.every):
             self._save(step, state, iterator)
+
+    def _is_told_to_stop(self, step: int) -> bool:
+        """Whether to stop now. Several processes stop together, at a step that `log_every` divides."""
+        if jax.process_count() == 1:
+            return self._stop.requested
+        return self._due(step, self._train.log_every) and any_process(self._stop.requested)
 
     @staticmethod
     def _due(step: int, every: int) -> bool:

@@ -1,6 +1,5 @@
 """How a process finds its place among others, which rows it reads, and what is said of one that died."""
 
-import signal
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import train as train_program
 from lin_jax.experiment import DistributedConfig, MeshConfig
-from lin_jax.train import last_words
+from lin_jax.train import end_notice
 from lin_jax.train.distributed import find_place
 from lin_jax.train.feed import Feed
 from lin_jax.train.sharding import make_mesh
@@ -75,14 +74,14 @@ def test_wrong_places(environment, arguments, message, monkeypatch, capsys):
 
 
 def test_what_is_said_of_a_dead_process():
-    assert "another one ended" in last_words.words("process 1 of 2", bytes([signal.SIGTERM, signal.SIGABRT]))
-    assert "process 1 of 2 was killed" in last_words.words("process 1 of 2", bytes([signal.SIGTERM]))
-    assert last_words.words("process 1 of 2", bytes([signal.SIGTERM]) + last_words.SPOKEN) is None
+    assert "another one ended" in end_notice.notice("process 1 of 2", b"\n" + end_notice.ABORTED + b"\n\nCurrent")
+    assert "process 1 of 2 was killed" in end_notice.notice("process 1 of 2", b"")
+    assert end_notice.notice("process 1 of 2", end_notice.ABORTED + end_notice.DONE) is None
 
 
-@pytest.mark.parametrize(("end", "said"), [("os.abort()", "another one ended"), ("words.spare()", "")])
+@pytest.mark.parametrize(("end", "said"), [("os.abort()", "another one ended"), ("notice.cancel()", "")])
 def test_the_program_beside_a_process_hears_its_end(end, said):
-    code = f"import os; from lin_jax.train.last_words import LastWords; words = LastWords('it'); {end}"
+    code = f"import os; from lin_jax.train.end_notice import EndNotice; notice = EndNotice('it'); {end}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert said in result.stderr and bool(said) == (result.returncode != 0)
     assert bool(said) == bool(result.stderr)
