@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 TRAINING_CHARACTERS = 1 << 26
 _INFO = "tokenizer_info.json"
 _LIBRARY_FILE = "tokenizer.json"
+_FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
@@ -60,6 +62,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of a token, special or not, by its name in the vocabulary; None where there is none."""
+
+    def is_fallback_byte(self, token: int) -> bool:
+        """Return whether a token is a byte whose neighbours, if they are bytes too, decide what it decodes to.
+
+        A run of such bytes decodes to its characters if all of it is UTF-8, and else to U+FFFD for each byte; so what
+        the beginning of a run decodes to is known only where the run ends.
+        """
+        return False
 
     @abc.abstractmethod
     def save(self, directory: epath.PathLike) -> None:
@@ -99,6 +109,7 @@ class LibraryTokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
+        self._has_fallback_bytes = '"ByteFallback"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
         self.end_id = end_id
         self.begin_id = begin_id
         self.vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -116,6 +127,13 @@ class LibraryTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, such as </s>."""
         return self._backend.token_to_id(token)
+
+    def is_fallback_byte(self, token: int) -> bool:
+        """Return whether a token is a byte, such as <0xE7>, or no token at all, which decoding leaves out of a run."""
+        if not self._has_fallback_bytes:
+            return False
+        name = self._backend.id_to_token(int(token))
+        return name is None or _FALLBACK_BYTE.fullmatch(name) is not None
 
     def save(self, directory: epath.PathLike) -> None:
         """Write the tokenizer in the library's own format."""

@@ -111,12 +111,21 @@ class Generator:
         self.model.check_decodable(needed)
         return needed
 
-    def start(self, prompts: Sequence[np.ndarray], samples: Sequence[int], rows: int | None = None) -> Progress:
+    def start(
+        self,
+        prompts: Sequence[np.ndarray],
+        samples: Sequence[int],
+        *,
+        numbers: Sequence[int] | None = None,
+        rows: int | None = None,
+    ) -> Progress:
         """Read prompts, in chunks of `config.prefill_chunk` tokens.
 
         Args:
             prompts: token ids of each row, at least one.
-            samples: which sample of its prompt each row is; with the seed it decides the row's random numbers.
+            samples: which sample of its prompt each row is.
+            numbers: of each row's prompt, by default 0, 1, ...; with the seed and the sample it decides the row's
+                random numbers.
             rows: rows of the batch; those without a prompt are done from the start.
 
         Raises:
@@ -131,10 +140,12 @@ class Generator:
         for row, prompt in enumerate(prompts):
             text_BX[row, : len(prompt)], length_B[row] = prompt, len(prompt)
         state, features_BC = self._read(text_BX, length_B, capacity)
-        sample_B = np.zeros(B, np.int32)
+        number_B, sample_B = np.zeros(B, np.int32), np.zeros(B, np.int32)
+        number_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
         sample_B[: len(samples)] = samples
-        numbers = np.uint32(self.config.sampling.seed), np.int32(self.config.max_new_tokens)
-        return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, sample_B, *numbers)
+        keys_of = np.uint32(self.config.sampling.seed), number_B, sample_B
+        new = np.int32(self.config.max_new_tokens)
+        return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, keys_of, new)
 
     def _read(self, text_BX: np.ndarray, length_B: np.ndarray, capacity: int) -> tuple[ModelState, Array]:
         """State and features of the last token of every row."""
@@ -164,6 +175,7 @@ class Generator:
         prompts: Sequence[np.ndarray],
         samples: Sequence[int],
         *,
+        numbers: Sequence[int] | None = None,
         rows: int | None = None,
         ends: Callable[[int, np.ndarray], bool] = lambda row, tokens: False,
     ) -> Iterator[list[Generated]]:
@@ -173,7 +185,7 @@ class Generator:
         model cannot see.
         """
         lengths = [len(prompt) for prompt in prompts]
-        progress, done = self.start(prompts, samples, rows), False
+        progress, done = self.start(prompts, samples, numbers=numbers, rows=rows), False
         while not done:
             progress = self.advance(progress)
             rows_now = enumerate(read_rows(progress, lengths))
@@ -258,13 +270,12 @@ def _begin(
     state: ModelState,
     text_BX: Array,
     features_BC: Array,
-    sample_B: Array,
-    seed: Array,
+    keys_of: tuple[Array, Array, Array],
     max_new_tokens: Array,
 ) -> Progress:
     """The first choice, from the features of the prompts' last tokens."""
     model, sampling = nnx.merge(graphs[0], arrays[0]), plan.config.sampling
-    key_B, (B, X) = sequence_keys(seed, sample_B), text_BX.shape
+    key_B, (B, X) = sequence_keys(*keys_of), text_BX.shape
     V = model.config.vocabulary_size if sampling.repetition_penalty != 1 else 0
     token_BX = jnp.where(jnp.arange(X)[None] < state.length_B[:, None], text_BX, V)
     seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], token_BX].set(True, mode="drop")

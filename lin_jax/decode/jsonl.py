@@ -124,7 +124,7 @@ class Job:
     def _complete(self, generator: TextGenerator, lines: list[int], speed: Speed, report: Report) -> Iterator[Record]:
         """The results of these lines, each after it was written."""
         keys = ((line, sample) for line in lines for sample in range(generator.config.samples))
-        batches = generator.batches([self.prompts[line]["prompt"] for line in lines])
+        batches = generator.batches([self.prompts[line]["prompt"] for line in lines], lines)
         with (
             self.target.open("a", encoding="utf-8") as file,
             _progress(len(lines) * generator.config.samples, report) as advance,

@@ -46,9 +46,12 @@ def _keep_top_p(logits_BMV: Array, top_p: float) -> Array:
     return jnp.where(p_BMV < least, -jnp.inf, logits_BMV)
 
 
-def sequence_keys(seed: Integer[Array, ""] | int, sample_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    """A key for each sequence, of the seed and of which sample of its prompt it is: of nothing about its batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sample_B)
+def sequence_keys(
+    seed: Integer[Array, ""] | int, number_B: Int[Array, " B"], sample_B: Int[Array, " B"]
+) -> Key[Array, " B"]:
+    """Return a key for each sequence: of the seed, its prompt's number and its sample's, and of nothing in its batch."""
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
+    return jax.vmap(jax.random.fold_in)(key_B, sample_B)
 
 
 def choose(

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.text import Continuation, TextGenerator
 
-# What decoding gives for bytes that are no whole character (yet).
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-
 
 def stream_texts(generator: TextGenerator, prompts: Sequence[str], speed: Speed) -> Iterator[str]:
     """All texts, prompts included, one after another with a blank line between them, in pieces.
@@ -40,9 +37,9 @@ def print_texts(generator: TextGenerator, prompts: Sequence[str]) -> None:
 
 
 def settled(row: Continuation, stop: Sequence[str]) -> str:
-    """The part of a text that further tokens leave as it is: up to a broken character or the start of a stop string."""
+    """Return the part of a text that is shown: what further tokens leave as it is, but for the start of a stop string."""
     if row.done:
         return row.text
-    text = row.text.rstrip(_BROKEN)
+    text = row.text[: row.fixed]
     starts = [length for string in stop for length in range(1, len(string)) if text.endswith(string[:length])]
     return text[: len(text) - max(starts, default=0)]

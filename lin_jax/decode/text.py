@@ -1,13 +1,16 @@
 """Texts continued by a model: prompts in, prompts with their continuations out."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.decode.generate import Generated, Generator
+from lin_jax.decode.generate import Generator
+from lin_jax.decode.running_text import RunningText
 from lin_jax.models.language_model import LanguageModel
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.settings.base import require
@@ -20,9 +23,10 @@ class Continuation(NamedTuple):
     Attributes:
         prompt: as it was given.
         text: what follows the prompt, without a token or string that ended it.
-        tokens: generated, a token that ended the text included.
-        steps: passes through the model that they took.
+        tokens: of the text, the one that ended it or completed a stop string included.
+        steps: passes through the model, those between a stop string and the end of its block included.
         done: whether the text has ended.
+        fixed: characters of `text` that further tokens leave as they are; of the others some may be parts of characters.
     """
 
     prompt: str
@@ -30,6 +34,7 @@ class Continuation(NamedTuple):
     tokens: int
     steps: int
     done: bool
+    fixed: int
 
 
 class TextGenerator:
@@ -48,28 +53,36 @@ class TextGenerator:
         heads = model.medusa if heads is None else heads
         self._generator = Generator(model, config, heads=heads, stop_ids=sorted(self._ends))
 
-    def batches(self, prompts: Sequence[str]) -> Iterator[Iterator[list[Continuation]]]:
-        """Batch after batch of `config.batch_size` texts: each prompt's samples, and then the next prompt's.
+    def batches(
+        self, prompts: Sequence[str], numbers: Sequence[int] | None = None
+    ) -> Iterator[Iterator[list[Continuation]]]:
+        """Yield batch after batch of `config.batch_size` texts: each prompt's samples, and then the next prompt's.
 
         Each batch is an iterator over what it holds after every `config.block` steps, the last time when all is done.
+
+        Args:
+            prompts: texts.
+            numbers: of the prompts, which decide their random numbers; by default 0, 1, ...
 
         Raises:
             ConfigError: a prompt is empty or too long.
         """
-        ids = [self._encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
-        jobs = [(row, sample) for row in range(len(prompts)) for sample in range(self.config.samples)]
-        size = min(self.config.batch_size, max(len(jobs), 1))
-        for start in range(0, len(jobs), size):
-            part = jobs[start : start + size]
-            yield self._batch([prompts[row] for row, _ in part], [ids[row] for row, _ in part], part, size)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        ids = [self._encode(prompt, f"prompt {place}") for place, prompt in enumerate(prompts)]
+        jobs = ((row, sample) for row in range(len(prompts)) for sample in range(self.config.samples))
+        size = min(self.config.batch_size, max(len(prompts) * self.config.samples, 1))
+        while part := list(itertools.islice(jobs, size)):
+            rows = [row for row, _ in part]
+            of_rows = [(numbers[row], sample) for row, sample in part]
+            yield self._batch([prompts[row] for row in rows], [ids[row] for row in rows], of_rows, size)
 
-    def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
-        """What follows one prompt of token ids, after every `config.block` steps.
+    def reply(self, tokens: np.ndarray, number: int = 0) -> Iterator[Continuation]:
+        """Yield what follows one prompt of token ids, the `number`-th, after every `config.block` steps.
 
         Raises:
             ConfigError: it is too long.
         """
-        for [row] in self._batch([""], [tokens], [(0, 0)], 1):
+        for [row] in self._batch([""], [tokens], [(number, 0)], 1):
             yield row
 
     def check(self, length: int) -> None:
@@ -85,32 +98,28 @@ class TextGenerator:
     def _batch(
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
     ) -> Iterator[list[Continuation]]:
-        samples = [sample for _, sample in jobs]
-        ends = lambda row, tokens: self._holds_stop(ids[row], tokens)  # noqa: E731
-        for rows in self._generator.stream(ids, samples, rows=size, ends=ends):
-            triples = zip(prompts, ids, rows, strict=True)
-            yield [self._continuation(prompt, before, row) for prompt, before, row in triples]
+        make_text = functools.partial(RunningText, self.tokenizer, stop=self.config.stop, end_ids=self._ends)
+        texts = [make_text(before) for before in ids]
+
+        def has_stopped(row: int, tokens: np.ndarray) -> bool:
+            texts[row].read(tokens)
+            return texts[row].stopped
+
+        numbers, samples = [number for number, _ in jobs], [sample for _, sample in jobs]
+        for rows in self._generator.stream(ids, samples, numbers=numbers, rows=size, ends=has_stopped):
+            for text, row in zip(texts, rows, strict=True):
+                text.read(row.tokens)
+            triples = zip(prompts, texts, rows, strict=True)
+            yield [
+                Continuation(prompt, text.text, text.tokens, row.steps, row.done, text.fixed)
+                for prompt, text, row in triples
+            ]
 
     def _encode(self, prompt: str, name: str) -> np.ndarray:
         ids = self.tokenizer.encode(prompt)
         require(len(ids) > 0, f"{name} is empty: give some text to continue")
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
         return np.concatenate([np.array(begin, np.int32), ids])
-
-    def _holds_stop(self, before: np.ndarray, tokens: np.ndarray) -> bool:
-        return bool(self.config.stop) and any(stop in self._text(before, tokens) for stop in self.config.stop)
-
-    def _continuation(self, prompt: str, before: np.ndarray, row: Generated) -> Continuation:
-        ended = len(row.tokens) and int(row.tokens[-1]) in self._ends
-        text = self._text(before, row.tokens[:-1] if ended else row.tokens)
-        places = [place for stop in self.config.stop if (place := text.find(stop)) >= 0]
-        return Continuation(prompt, text[: min(places, default=None)], len(row.tokens), row.steps, row.done)
-
-    def _text(self, before: np.ndarray, tokens: np.ndarray) -> str:
-        """What the tokens add to the text of those before: some tokenizers write a token otherwise at the start."""
-        prefix = self.tokenizer.decode(before)
-        whole = self.tokenizer.decode(np.concatenate([before, tokens]))
-        return whole[len(prefix) :] if whole.startswith(prefix) else self.tokenizer.decode(tokens)
 
 
 def generate(

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from subprocess import run
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from flax import nnx
 import lin_jax
 from lin_jax.convert.medusa import read_heads, write_heads
 from lin_jax.decode.generate import Generator, generate_tokens
-from lin_jax.decode.text import TextGenerator
+from lin_jax.decode.text import TextGenerator, make_config
 from lin_jax.experiment import AttentionConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
 from lin_jax.models.medusa import MedusaHeads, start_heads
 from lin_jax.models.registry import create_model
@@ -114,13 +115,45 @@ def test_samples_do_not_depend_on_draft_or_batch(augmented, ids, heads, tree):
     sampling = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)
     config = GenerateConfig(max_new_tokens=24, sampling=sampling, prefill_chunk=8, tree=tree)
     plain = generate_tokens(model, config, ids)
-    [alone] = generate_tokens(model, config, ids[1:2])
+    *_, [alone] = Generator(model, config).stream(ids[1:2], [0], numbers=[1], rows=3)
     np.testing.assert_array_equal(alone.tokens, plain[1].tokens)
-    rows = generate_tokens(model, dataclasses.replace(config, draft="medusa"), ids[::-1], heads=heads)
+    guessing = Generator(model, dataclasses.replace(config, draft="medusa"), heads=heads)
+    *_, rows = guessing.stream(ids[::-1], [0] * len(ids), numbers=range(len(ids))[::-1])
     for row, expected in zip(rows[::-1], plain, strict=True):
         np.testing.assert_array_equal(row.tokens, expected.tokens)
     other = dataclasses.replace(config, sampling=dataclasses.replace(sampling, seed=6))
     assert any((a.tokens != b.tokens).any() for a, b in zip(generate_tokens(model, other, ids), plain, strict=True))
+
+
+def test_prompts_and_samples_have_random_numbers_of_their_own(stories):
+    """One prompt many times gives many texts; two prompts draw one token as often as independent draws would."""
+    settings = {"temperature": 2.0, "max_new_tokens": 12, "batch_size": 5}
+    texts = lin_jax.generate(*stories, PROMPTS[:1] * 12, samples=2, **settings)
+    assert len(set(texts)) == 24
+    model, (first, second) = stories[0], [np.array([1, 403, last], np.int32) for last in (407, 408)]
+    sampling, count = SamplingConfig(temperature=3.0), 300
+    generator = Generator(model, GenerateConfig(max_new_tokens=1, sampling=sampling))
+    *_, rows = generator.stream([first] * count + [second] * count, [0] * 2 * count)
+    drawn = np.array([row.tokens[0] for row in rows]).reshape(2, count)
+    p_NV = [np.asarray(jax.nn.softmax(model(jnp.asarray(ids)[None])[0, -1] / 3)) for ids in (first, second)]
+    expected = float(p_NV[0] @ p_NV[1])
+    # Four standard deviations of a frequency.
+    assert abs((drawn[0] == drawn[1]).mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
+
+
+@pytest.mark.parametrize("draft", ["none", "lookup"])
+def test_what_is_counted_of_a_text_that_a_stop_string_ends_does_not_depend_on_blocks(stories, draft):
+    [full] = lin_jax.generate(*stories, PROMPTS[:1], max_new_tokens=60)
+    stop = "ved to pl"
+    ids = stories[1].encode(PROMPTS[0])
+    whole = stories[1].encode(full)
+    texts = [stories[1].decode(whole[:count]) for count in range(len(whole) + 1)]
+    needed = next(count for count, text in enumerate(texts) if stop in text) - len(ids)
+    for block in (1, 5, 16, 64):
+        settings = {"max_new_tokens": 60, "stop": (stop, "zzz"), "block": block, "draft": draft}
+        [batch] = TextGenerator(*stories, make_config(settings)).batches(PROMPTS[:1])
+        *_, [row] = batch
+        assert row.prompt + row.text == full[: full.index(stop)] and row.tokens == needed
 
 
 def test_typical_acceptance_keeps_more(stories, ids, heads, tree):

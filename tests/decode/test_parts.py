@@ -45,7 +45,7 @@ def test_tokens_that_occurred_are_penalised():
 def test_samples_have_the_distribution_and_depend_on_sequence_and_position_alone():
     B, sampling = 20_000, SamplingConfig(temperature=2.0, seed=3)
     logits = adjust(jnp.broadcast_to(jnp.asarray(LOGITS), (B, 2, 5)), sampling, None)
-    key_B = sequence_keys(sampling.seed, jnp.arange(B))
+    key_B = sequence_keys(sampling.seed, jnp.arange(B) // 7, jnp.arange(B) % 7)
     token_BM = np.asarray(choose(logits, sampling, key_B, jnp.full(B, 7), chain(2)))
     p = np.exp(LOGITS / 2) / np.exp(LOGITS / 2).sum()
     for node in range(2):
@@ -54,7 +54,7 @@ def test_samples_have_the_distribution_and_depend_on_sequence_and_position_alone
         assert (np.abs(difference) < 4 * np.sqrt(p * (1 - p) / B)).all()
     joint = np.bincount(token_BM[:, 0] * 5 + token_BM[:, 1], minlength=25) / B
     assert np.abs(joint - np.outer(p, p).ravel()).max() < 0.01
-    alone = choose(logits[:1, :1], sampling, sequence_keys(sampling.seed, jnp.array([9])), jnp.array([8]), chain(1))
+    alone = choose(logits[:1, :1], sampling, sequence_keys(sampling.seed, jnp.array([1]), jnp.array([2])), jnp.array([8]), chain(1))
     assert alone[0, 0] == token_BM[9, 1]
 
 
@@ -136,5 +136,6 @@ def test_impossible_settings_are_refused(make, message):
 
 
 def test_keys_do_not_repeat():
-    data = jax.random.key_data(sequence_keys(1, jnp.arange(50)))
-    assert len(np.unique(np.asarray(data), axis=0)) == 50
+    number_B, sample_B = jnp.repeat(jnp.arange(50), 50), jnp.tile(jnp.arange(50), 50)
+    data = jax.random.key_data(sequence_keys(1, number_B, sample_B))
+    assert len(np.unique(np.asarray(data), axis=0)) == 2500
