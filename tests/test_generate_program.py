@@ -214,9 +214,9 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(talker, capsys, monkeypatch):
 
     reply, calls = TextGenerator.reply, []
 
-    def interrupted(self, tokens, number):
+    def interrupted(self, tokens):
         calls.append(tokens)
-        for number, row in enumerate(reply(self, tokens, number)):
+        for number, row in enumerate(reply(self, tokens)):
             if number == 1 and len(calls) == 1:
                 raise KeyboardInterrupt
             yield row

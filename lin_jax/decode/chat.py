@@ -79,7 +79,7 @@ class Chat:
         self._generator.check(len(tokens))
         answer = {"role": "assistant", "content": ""}
         self.messages += [{"role": "user", "content": text}, answer]
-        for row in self._generator.reply(tokens, len(self.messages)):
+        for row in self._generator.reply(tokens):
             whole, shown = settled(row, self._generator.config.stop), len(answer["content"])
             answer["content"] = whole
             yield whole[shown:]

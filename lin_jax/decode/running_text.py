@@ -27,7 +27,7 @@ class RunningText:
 
         Args:
             tokenizer: decodes.
-            prompt: token ids; the last one is decoded too, because some tokenizers write a text's first token otherwise.
+            prompt: token ids; the last is decoded too, as some tokenizers write the first token of a text otherwise.
             stop: strings before which the text ends.
             end_ids: tokens that end it.
         """

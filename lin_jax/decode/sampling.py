@@ -49,7 +49,7 @@ def _keep_top_p(logits_BMV: Array, top_p: float) -> Array:
 def sequence_keys(
     seed: Integer[Array, ""] | int, number_B: Int[Array, " B"], sample_B: Int[Array, " B"]
 ) -> Key[Array, " B"]:
-    """Return a key for each sequence: of the seed, its prompt's number and its sample's, and of nothing in its batch."""
+    """Return a key for each sequence: of the seed and the numbers of its prompt and sample, whatever its batch."""
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
     return jax.vmap(jax.random.fold_in)(key_B, sample_B)
 

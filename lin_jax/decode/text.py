@@ -26,7 +26,7 @@ class Continuation(NamedTuple):
         tokens: of the text, the one that ended it or completed a stop string included.
         steps: passes through the model, those between a stop string and the end of its block included.
         done: whether the text has ended.
-        fixed: characters of `text` that further tokens leave as they are; of the others some may be parts of characters.
+        fixed: characters of `text` that further tokens leave as they are.
     """
 
     prompt: str
@@ -76,13 +76,13 @@ class TextGenerator:
             of_rows = [(numbers[row], sample) for row, sample in part]
             yield self._batch([prompts[row] for row in rows], [ids[row] for row in rows], of_rows, size)
 
-    def reply(self, tokens: np.ndarray, number: int = 0) -> Iterator[Continuation]:
-        """Yield what follows one prompt of token ids, the `number`-th, after every `config.block` steps.
+    def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
+        """Yield what follows one prompt of token ids, after every `config.block` steps.
 
         Raises:
             ConfigError: it is too long.
         """
-        for [row] in self._batch([""], [tokens], [(number, 0)], 1):
+        for [row] in self._batch([""], [tokens], [(0, 0)], 1):
             yield row
 
     def check(self, length: int) -> None:

@@ -19,7 +19,9 @@ class SamplingConfig(Settings):
     top_p: float = setting(1.0, "keep the fewest likeliest tokens whose probabilities reach this sum")
     min_p: float = setting(0.0, "keep tokens with at least this part of the likeliest token's probability")
     seed: int = setting(
-        0, "seed; the samples of a prompt depend on it, on their number, and on nothing else", most=2**32 - 1
+        0,
+        "seed; with the place of a prompt (its line) and the number of a sample it decides all random numbers",
+        most=2**32 - 1,
     )
 
     def _check(self) -> None:

@@ -54,7 +54,9 @@ def test_samples_have_the_distribution_and_depend_on_sequence_and_position_alone
         assert (np.abs(difference) < 4 * np.sqrt(p * (1 - p) / B)).all()
     joint = np.bincount(token_BM[:, 0] * 5 + token_BM[:, 1], minlength=25) / B
     assert np.abs(joint - np.outer(p, p).ravel()).max() < 0.01
-    alone = choose(logits[:1, :1], sampling, sequence_keys(sampling.seed, jnp.array([1]), jnp.array([2])), jnp.array([8]), chain(1))
+    alone = choose(
+        logits[:1, :1], sampling, sequence_keys(sampling.seed, jnp.array([1]), jnp.array([2])), jnp.array([8]), chain(1)
+    )
     assert alone[0, 0] == token_BM[9, 1]
 
 
