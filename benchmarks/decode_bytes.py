@@ -17,26 +17,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import aot
 from benchmarks.common import print_table
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions
 from lin_jax.ops.linear_attention.state import Pending, empty_state
 from lin_jax.ops.linear_attention.verify import commit_path, verify_tree
 from lin_jax.ops.tree import chain
 
 H, D, G, W = 32, 128, 64, 32
-SIZES = {"group_size": G, "local_groups": 1}
+OPTIONS = AttentionOptions(group_size=G)
 # Projections of queries, keys, values and outputs, and the three of the feed-forward block.
 LAYER_BYTES = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 
 
 def verify(q: Any, k: Any, v: Any, alpha: Any, conv: Any, state: Any) -> Any:
     """The outputs of a chain of nodes."""
-    return verify_tree(q, k, v, chain(q.shape[1]), state, alpha=alpha, conv_WH=conv, **SIZES)
+    return verify_tree(AttentionArrays(q, k, v, alpha_H=alpha, conv_WH=conv), chain(q.shape[1]), state, OPTIONS)
 
 
 def step(q: Any, k: Any, v: Any, alpha: Any, conv: Any, state: Any) -> Any:
     """These, and the state after all nodes."""
     path = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
     count = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
-    after = commit_path(state, Pending(k, None, v), path, count, feature_map="identity", **SIZES)
+    after = commit_path(state, Pending(k, None, v), path, count, OPTIONS)
     return verify(q, k, v, alpha, conv, state), after
 
 
@@ -44,7 +45,7 @@ def count_bytes(function: Any, rows: int, nodes: int, device: Any) -> tuple[int,
     """Bytes that the compiled program accesses, and of its arguments and results."""
     place = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
     tokens = jax.ShapeDtypeStruct((rows, nodes, H, D), jnp.bfloat16)
-    state = jax.eval_shape(lambda k, v: empty_state(k, v, group_size=G, taps=W), tokens, tokens)
+    state = jax.eval_shape(lambda k, v: empty_state(k, v, OPTIONS, taps=W), tokens, tokens)
     weights = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((W, H), jnp.float32)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (tokens,) * 3 + weights + (state,)

@@ -27,10 +27,10 @@ from benchmarks import aot
 from benchmarks.common import print_table
 from lin_jax.chips import Chip, chip_named
 from lin_jax.ops.linear_attention import xla
-from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
+from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
 from lin_jax.ops.linear_attention.gpu.blocks import Plan, padded
-from lin_jax.ops.linear_attention.inputs import Inputs
+from lin_jax.ops.linear_attention.inputs import Inputs, make_inputs
 from lin_jax.ops.linear_attention.tpu import blocks, cost
 from lin_jax.ops.linear_attention.tpu.cost import Cost
 
@@ -281,9 +281,11 @@ def of_inputs(case: aot.Case, count: Callable[..., Cost], *arguments: Any) -> Co
 
     def make(arrays: dict[str, Any]) -> Any:
         arrays = dict(arrays)
-        tokens = [arrays.pop(name) for name in ("q_BTHD", "k_BTKD", "v_BTKE")]
-        found.append(count(make_inputs(*tokens, **{**DEFAULTS, **case.options, **arrays}), *arguments))
-        return tokens
+        named = {"alpha_H" if name == "alpha" else name: x for name, x in arrays.items()}
+        ids, given = named.pop("segment_ids_BT", None), AttentionArrays(**named)
+        inputs = make_inputs(given, AttentionOptions(**case.options), segment_ids_BT=ids)
+        found.append(count(inputs, *arguments))
+        return given.q_BTHD
 
     jax.eval_shape(make, case.shapes)
     return found[0]

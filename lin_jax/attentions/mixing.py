@@ -1,7 +1,8 @@
 """What LLaMA and GPT-2 do with queries, keys and values: softmax attention, augmented linear attention, LongLoRA's."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,9 +13,8 @@ from lin_jax.layers.parameter import parameter
 from lin_jax.layers.steps import Step, Verify
 from lin_jax.models.gated_attention import Rows
 from lin_jax.ops.castling import castle
-from lin_jax.ops.linear_attention import augmented_attention
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, attend
 from lin_jax.ops.linear_attention.feature_maps import unit
-from lin_jax.ops.linear_attention.sharded import sharded_attention
 from lin_jax.ops.linear_attention.state import AttentionState, Pending, empty_state
 from lin_jax.ops.linear_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.rows import convolve
@@ -85,7 +85,7 @@ class Mixing(nnx.Module):
     ) -> Float[Array, "B T H E"]:
         """The attention of `kind`."""
         if kind == "softmax":
-            return sharded_softmax(q_BTHD, k_BTKD, v_BTKE, rows.segment_ids_BT, rows.partition.cut(heads="heads"))
+            return sharded_softmax(q_BTHD, k_BTKD, v_BTKE, rows.segment_ids_BT, rows.partition.for_ops(heads="heads"))
         if kind == "longlora":
             return longlora_attention(
                 q_BTHD,
@@ -98,26 +98,24 @@ class Mixing(nnx.Module):
         return self._augmented(q_BTHD, k_BTKD, v_BTKE, rows)
 
     def _augmented(self, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        cut = rows.partition.cut(heads="heads")
+        shards = rows.partition.for_ops(heads="heads")
         # The op normalises, so that a kernel needs no normalised copies; but states hold keys that are normalised.
-        inside = cut is None or cut.shards == 1
+        inside = shards is None or shards.parts == 1
         operands = _Operands(q, k, v, None, None) if inside else self._operands(q, k, v)
 
-        def attend(branches: _Branches) -> Array:
+        def attend_branches(branches: _Branches) -> Array:
             if branches.local == "none" and not branches.grouped and branches.conv_WH is not None:
-                return convolve(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT, cut)
-            return sharded_attention(
-                operands.q,
-                operands.k,
-                operands.v,
-                cut=cut,
-                position_BT=rows.position_BT,
+                return convolve(_per_query_head(v, q), branches.conv_WH, rows.segment_ids_BT, shards)
+            y, _ = attend(
+                self._arrays(operands, branches),
+                dataclasses.replace(self._options(branches, q.shape[-1]), normalise=inside),
                 segment_ids_BT=rows.segment_ids_BT,
-                normalise=inside,
-                **self._arguments(operands, branches),
+                shards=shards,
+                position_BT=rows.position_BT,
             )
+            return y
 
-        return self._combine(q, v, attend)
+        return self._combine(q, v, attend_branches)
 
     def _operands(self, q: Array, k: Array, v: Array) -> _Operands:
         """relu2 and laplace score normalised queries and keys, as released; softmax the scaled ones as they are."""
@@ -145,27 +143,29 @@ class Mixing(nnx.Module):
             y = castle(_per_query_head(v, q), y)
         return y if conv_WH is None else y + attend(_Branches(conv_WH=conv_WH))
 
-    def _arguments(self, operands: _Operands, branches: _Branches) -> dict[str, Any]:
-        """Of `augmented_attention`, for some of the branches."""
-        return {
-            "grouped_q_BTHP": operands.grouped_q,
-            "grouped_k_BTKP": operands.grouped_k,
-            "implementation": self.attention.implementation,
-            **self._options(operands, branches),
-        }
+    def _arrays(self, operands: _Operands, branches: _Branches) -> AttentionArrays:
+        """The op's arrays, for some of the branches."""
+        return AttentionArrays(
+            operands.q,
+            operands.k,
+            operands.v,
+            operands.grouped_q,
+            operands.grouped_k,
+            alpha_H=branches.alpha,
+            conv_WH=branches.conv_WH,
+        )
 
-    def _options(self, operands: _Operands, branches: _Branches) -> dict[str, Any]:
+    def _options(self, branches: _Branches, head_size: int = 1) -> AttentionOptions:
         attention = self.attention
-        return {
-            "local": branches.local,
-            "score_scale": operands.q.shape[-1] ** -0.5 if attention.local == "softmax" else 1.0,
-            "grouped": branches.grouped,
-            "feature_map": attention.feature_map,
-            "alpha": branches.alpha,
-            "conv_WH": branches.conv_WH,
-            "group_size": attention.group_size,
-            "local_groups": attention.local_groups,
-        }
+        return AttentionOptions(
+            group_size=attention.group_size,
+            local_groups=attention.local_groups,
+            local=branches.local,
+            score_scale=head_size**-0.5 if attention.local == "softmax" else 1.0,
+            grouped=branches.grouped,
+            feature_map=attention.feature_map,
+            implementation=attention.implementation,
+        )
 
     def empty_state(self, k_BTKD: Array, v_BTKE: Array, capacity: int, kind: str) -> MixingState:
         """The state before the first token, for keys and values of these shapes (T does not matter).
@@ -178,9 +178,8 @@ class Mixing(nnx.Module):
         return empty_state(
             k_BTKD,
             v_BTKE,
+            self._options(_Branches()),
             grouped_k_BTKP=k_BTKD if attention.local == "softmax" and attention.grouped else None,
-            group_size=attention.group_size,
-            local_groups=attention.local_groups,
             taps=attention.convolution,
         )
 
@@ -195,24 +194,24 @@ class Mixing(nnx.Module):
         if isinstance(state, Cache):
             return _decode_with_cache(q_BTHD, k_BTKD, v_BTKE, state, step)
         operands = self._operands(q_BTHD, k_BTKD, v_BTKE)
-        attend = lambda branches: self._attend_after(operands, branches, state, step)  # noqa: E731
-        y_BTHE = self._combine(q_BTHD, v_BTKE, attend)
+
+        def attend_branches(branches: _Branches) -> Array:
+            return self._attend_after(operands, branches, state, step)
+
+        y_BTHE = self._combine(q_BTHD, v_BTKE, attend_branches)
         pending = Pending(operands.k, operands.grouped_k, v_BTKE)
         if isinstance(step, Verify):
             return y_BTHE, pending
-        return y_BTHE, append(state, pending, step.count_B, **self._sizes())
+        return y_BTHE, append(state, pending, step.count_B, self._options(_Branches()))
 
     def _attend_after(self, operands: _Operands, branches: _Branches, state: AttentionState, step: Step) -> Array:
         """Some of the branches, of tokens that follow a state. Rows shorter than a group are not padded to one."""
         T = operands.q.shape[1]
+        arrays, options = self._arrays(operands, branches), self._options(branches, operands.q.shape[-1])
         if isinstance(step, Verify) or self.attention.group_size >= T:
-            tree = step.tree if isinstance(step, Verify) else chain(T)
-            grouped: dict[str, Any] = {"grouped_q_BMHP": operands.grouped_q, "grouped_k_BMKP": operands.grouped_k}
-            options = self._options(operands, branches)
-            return verify_tree(operands.q, operands.k, operands.v, tree, state, **grouped, **options)
-        rows: dict[str, Any] = {"segment_ids_BT": step.segment_ids(T), "initial_state": state}
-        q, k, v, *_ = operands
-        return cast(Array, augmented_attention(q, k, v, **rows, **self._arguments(operands, branches)))
+            return verify_tree(arrays, step.tree if isinstance(step, Verify) else chain(T), state, options)
+        y, _ = attend(arrays, options, segment_ids_BT=step.segment_ids(T), initial_state=state)
+        return y
 
     def commit(
         self, state: MixingState, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
@@ -220,11 +219,7 @@ class Mixing(nnx.Module):
         """The state after the first `count_B` nodes of each row's path."""
         if isinstance(state, Cache):
             return commit_to_cache(state, pending, path_BP, count_B)
-        return commit_path(state, pending, path_BP, count_B, **self._sizes())
-
-    def _sizes(self) -> dict[str, Any]:
-        names = ("group_size", "local_groups", "feature_map")
-        return {name: getattr(self.attention, name) for name in names}
+        return commit_path(state, pending, path_BP, count_B, self._options(_Branches()))
 
     def _alpha(self) -> Array | float:
         learned = self.attention.grouped and self.attention.grouped_weight == "learned"

@@ -1,4 +1,4 @@
-"""Rows of a table, which may be cut over devices along the vocabulary."""
+"""Rows of a table, which may be split over devices along the vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from lin_jax.layers.partition import Partition
 
 
 def look_up(table_VC: Float[Array, "V C"], tokens_BT: Int[Array, "B T"], partition: Partition) -> Float[Array, "B T C"]:
-    """The table's rows of tokens; a device looks up those that it has, and the others' are added."""
-    axes, cut = partition.spec(("vocabulary", None), table_VC.shape)[0], partition.cut(vocabulary="vocabulary")
-    if cut is None or axes is None:
+    """Return the table's rows of tokens; a device looks up those that it has, and the others' are added."""
+    axes, shards = partition.spec(("vocabulary", None), table_VC.shape)[0], partition.for_ops(vocabulary="vocabulary")
+    if shards is None or axes is None:
         return partition.constrain(table_VC[tokens_BT], "batch", "tokens", None)
 
     def of_part(table_VC: Array, tokens_BT: Array) -> Array:
@@ -21,4 +21,4 @@ def look_up(table_VC: Float[Array, "V C"], tokens_BT: Int[Array, "B T"], partiti
         return jax.lax.psum(found_BTC, axes)
 
     arrays, shape = {"table_VC": table_VC, "tokens_BT": tokens_BT}, (*tokens_BT.shape, table_VC.shape[1])
-    return cut.run(of_part, arrays, "BTC", shape)
+    return shards.run(of_part, arrays, {"table_VC": "VC", "tokens_BT": "BT"}, "BTC", shape)

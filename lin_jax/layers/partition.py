@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lin_jax.ops.cut import Cut
+from lin_jax.ops.shards import Shards
 
 # Logical axis -> mesh axes that cut it, in order.
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -87,12 +87,16 @@ class Partition:
         kept = (None if shared.intersection(part or ()) else part for part in self.spec(names, x.shape))
         return jax.lax.with_sharding_constraint(x, self.place(*kept))
 
-    def cut(self, **names: str) -> Cut | None:
-        """What ops are told: mesh axes that cut rows and tokens, and what `names` says of other fields of `Cut`."""
+    def for_ops(self, **names: str) -> Shards | None:
+        """Return what ops are told: mesh axes that split rows and tokens, and those of other fields of `Shards`.
+
+        Args:
+            names: the logical axis of each of those fields.
+        """
         if self.mesh is None or self.mesh.size == 1:
             return None
         further = {field: self.axes(name) for field, name in names.items()}
-        return Cut(self.mesh, self.axes("batch"), self.axes("tokens"), **further)
+        return Shards(self.mesh, self.axes("batch"), self.axes("tokens"), **further)
 
 
 # One device, or whatever the compiler makes of more.

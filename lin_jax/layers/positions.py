@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lin_jax.ops.cut import Cut
 from lin_jax.ops.rows import delayed
+from lin_jax.ops.shards import Shards
 
 
 def sinusoids(position_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T C"]:
@@ -51,9 +51,9 @@ def bias_buckets(distance: np.ndarray, buckets: int, max_distance: int, causal: 
 
 
 def token_shift(
-    x_BTC: Float[Array, "B T C"], position_BT: Int[Array, "B T"], cut: Cut | None = None
+    x_BTC: Float[Array, "B T C"], position_BT: Int[Array, "B T"], shards: Shards | None = None
 ) -> Float[Array, "B T C"]:
     """The first half of the channels delayed by one token; 0 where a sequence starts."""
     half = x_BTC.shape[-1] // 2
-    before = jnp.where((position_BT > 0)[..., None], delayed(x_BTC[..., :half], cut), 0)
+    before = jnp.where((position_BT > 0)[..., None], delayed(x_BTC[..., :half], shards), 0)
     return jnp.concatenate([before, x_BTC[..., half:]], axis=-1)

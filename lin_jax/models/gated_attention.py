@@ -1,7 +1,7 @@
 """FLASH's gated attention unit: one wide value head, one narrow query/key head, a gate, and any kind of attention."""
 
 import dataclasses
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,8 @@ from lin_jax.layers.positions import bias_buckets, rotate, token_shift
 from lin_jax.layers.steps import Step, Verify
 from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.ops.castling import castle
-from lin_jax.ops.linear_attention import augmented_attention
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, favor, fourier, orthogonal_projection
-from lin_jax.ops.linear_attention.sharded import sharded_attention
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, attend
+from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
 from lin_jax.ops.linear_attention.state import AttentionState, Pending, empty_state
 from lin_jax.ops.linear_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.rows import convolve, positions
@@ -53,7 +52,7 @@ def place(
         return Rows(in_row_BT, None, None, partition)
     if padding == "released":
         return Rows(in_row_BT, None, (segment_ids_BT != 0).astype(jnp.float32), partition)
-    return Rows(positions(segment_ids_BT, partition.cut()), segment_ids_BT, None, partition)
+    return Rows(positions(segment_ids_BT, partition.for_ops()), segment_ids_BT, None, partition)
 
 
 @jax.tree_util.register_dataclass
@@ -99,15 +98,15 @@ class GatedAttention(nnx.Module):
         if attention.kind == "augmented" and attention.convolution:
             taps = attention.convolution
             self.filter = parameter(uniform(rngs.params(), (taps, 1), taps), (None, None))
-        if attention.kind == "augmented" and attention.feature_map not in FEATURE_MAPS:
-            rows = attention.feature_size // (2 if attention.feature_map == "fourier" else 1)
-            self.projection = Constant(orthogonal_projection(rngs.params(), rows, D))
+        if attention.kind == "augmented" and FEATURE_MAPS[attention.feature_map].arrays:
+            (projection,) = FEATURE_MAPS[attention.feature_map].arrays
+            self.projection = Constant(projection.draw(rngs.params(), D, attention.feature_size))
 
     def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows) -> Float[Array, "B T C"]:
         """Applies the layer."""
         u_BTC = self.norm(x_BTC)
         if self.config.token_shift:
-            u_BTC = token_shift(u_BTC, rows.position_BT, rows.partition.cut())
+            u_BTC = token_shift(u_BTC, rows.position_BT, rows.partition.for_ops())
         v_BTE, gate_BTE, heads_BT2D = self._project(u_BTC, rows.position_BT, rows.partition)
         attend = self._augmented if self.config.attention.kind == "augmented" else self._whole_row
         attended_BTE = attend(heads_BT2D, v_BTE, rows)
@@ -130,68 +129,60 @@ class GatedAttention(nnx.Module):
         conv_W1 = self.filter[...] if attention.convolution else None
         # Folded into the scores unless something comes in between.
         apart = attention.castling or rows.value_mask_BT is not None
-        cut = rows.partition.cut(values="hidden")
-        y_BT1E = sharded_attention(
-            q,
-            k,
-            v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E),
-            cut=cut,
-            position_BT=rows.position_BT,
-            grouped_q_BTHP=grouped_q,
-            grouped_k_BTKP=grouped_k,
-            conv_WH=None if apart else conv_W1,
-            causal=attention.causal,
+        shards = rows.partition.for_ops(values="hidden")
+        seen_BT1E = v_BT1E if rows.value_mask_BT is None else v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E)
+        y_BT1E, _ = attend(
+            self._arrays(q, k, seen_BT1E, grouped_q, grouped_k, None if apart else conv_W1),
+            self._options(),
             segment_ids_BT=rows.segment_ids_BT,
-            implementation=attention.implementation,
-            **self._options(),
+            shards=shards,
+            position_BT=rows.position_BT,
         )
         if attention.castling:
             y_BT1E = castle(v_BT1E, y_BT1E)
         if apart and conv_W1 is not None:
-            y_BT1E += convolve(v_BT1E, conv_W1, rows.segment_ids_BT, cut)
+            y_BT1E += convolve(v_BT1E, conv_W1, rows.segment_ids_BT, shards)
         return y_BT1E[:, :, 0]
 
     def _operands(self, heads_BT4D: Array) -> tuple[Array, Array, Array, Array]:
         """Queries and keys of the local and the grouped branch: q, grouped q, k, grouped k; random maps applied."""
         q, grouped_q, k, grouped_k = jnp.split(heads_BT4D, 4, axis=2)
-        name = self.config.attention.feature_map
-        if name not in FEATURE_MAPS:
-            random_map = {"favor": favor, "fourier": fourier}[name]
-            grouped_q, grouped_k = (random_map(x, self.projection[...]) for x in (grouped_q, grouped_k))
+        feature_map = FEATURE_MAPS[self.config.attention.feature_map]
+        if feature_map.arrays:
+            grouped_q, grouped_k = (feature_map.apply(x, self.projection[...]) for x in (grouped_q, grouped_k))
         return q, grouped_q, k, grouped_k
 
-    def _options(self) -> dict[str, Any]:
-        """Arguments of the op that do not depend on the tokens."""
+    def _arrays(
+        self, q: Array, k: Array, v: Array, grouped_q: Array, grouped_k: Array | None, conv_W1: Array | None
+    ) -> AttentionArrays:
+        """The op's arrays."""
         attention, G = self.config.attention, self.config.attention.group_size
-        return {
-            "local": attention.local,
-            "score_scale": 1 / G,
-            "bias_XH": self._bias(G * attention.local_groups) if attention.local != "none" else None,
-            "grouped": attention.grouped,
-            "alpha": 1 / G if attention.causal else 1.0,
-            **self._sizes(),
-        }
+        bias = self._bias(G * attention.local_groups) if attention.local != "none" else None
+        return AttentionArrays(q, k, v, grouped_q, grouped_k, bias, 1 / G if attention.causal else 1.0, conv_W1)
 
-    def _sizes(self) -> dict[str, Any]:
+    def _options(self) -> AttentionOptions:
         attention = self.config.attention
-        feature_map = attention.feature_map if attention.feature_map in FEATURE_MAPS else "identity"
-        return {
-            "group_size": attention.group_size,
-            "local_groups": attention.local_groups,
-            "feature_map": feature_map,
-        }
+        return AttentionOptions(
+            group_size=attention.group_size,
+            local_groups=attention.local_groups,
+            local=attention.local,
+            score_scale=1 / attention.group_size,
+            grouped=attention.grouped,
+            feature_map="identity" if FEATURE_MAPS[attention.feature_map].arrays else attention.feature_map,
+            causal=attention.causal,
+            implementation=attention.implementation,
+        )
 
     def empty_state(self, batch: int, capacity: int, kind: str) -> GatedState:
         """The state before the first token; `capacity` does not matter."""
         config, attention = self.config, self.config.attention
         zeros = lambda size: jnp.zeros((batch, 0, 1, size), config.dtype)  # noqa: E731
-        own = attention.feature_size if attention.feature_map not in FEATURE_MAPS else config.query_key_size
+        own = FEATURE_MAPS[attention.feature_map].size(config.query_key_size, attention.feature_size)
         state = empty_state(
             zeros(config.query_key_size),
             zeros(config.value_size),
+            self._options(),
             grouped_k_BTKP=zeros(own),
-            group_size=attention.group_size,
-            local_groups=attention.local_groups,
             taps=attention.convolution,
         )
         return GatedState(state, jnp.zeros((batch, config.width // 2), config.dtype))
@@ -215,7 +206,7 @@ class GatedAttention(nnx.Module):
         y_BTC = x_BTC + self.output(gate_BTE * attended_BT1E[:, :, 0])
         if isinstance(step, Verify):
             return y_BTC, pending
-        after = append(state.attention, pending.tokens, step.count_B, **self._sizes())
+        after = append(state.attention, pending.tokens, step.count_B, self._options())
         return y_BTC, GatedState(after, _last(half_BTC, step.count_B, state.previous_BC))
 
     def _shift(self, u_BTC: Array, previous_BC: Array, tree: Tree) -> tuple[Array, Array]:
@@ -232,28 +223,24 @@ class GatedAttention(nnx.Module):
     ) -> Array:
         attention, (k, grouped_k, v) = self.config.attention, tokens
         conv_W1 = self.filter[...] if attention.convolution else None
-        off = {"local": "none", "grouped": False, "bias_XH": None}
+        arrays, options = self._arrays(q, k, v, grouped_q, grouped_k, conv_W1), self._options()
 
-        def attend(conv: Array | None, **changes: Any) -> Array:
-            options = {**self._options(), "conv_WH": conv, **changes}
+        def attend_after(arrays: AttentionArrays, options: AttentionOptions) -> Array:
             if isinstance(step, Verify) or q.shape[1] <= attention.group_size:
-                grouped: dict[str, Any] = {"grouped_q_BMHP": grouped_q, "grouped_k_BMKP": grouped_k}
-                return verify_tree(q, k, v, tree, state, **grouped, **options)
-            grouped = {"grouped_q_BTHP": grouped_q, "grouped_k_BTKP": grouped_k}
-            ids_BT = step.segment_ids(q.shape[1])
-            y = augmented_attention(q, k, v, segment_ids_BT=ids_BT, initial_state=state, **grouped, **options)
-            return cast(Array, y)
+                return verify_tree(arrays, tree, state, options)
+            return attend(arrays, options, segment_ids_BT=step.segment_ids(q.shape[1]), initial_state=state)[0]
 
         if not attention.castling:
-            return attend(conv_W1)
-        y = castle(v, attend(None))
-        return y if conv_W1 is None else y + attend(conv_W1, **off)
+            return attend_after(arrays, options)
+        y = castle(v, attend_after(dataclasses.replace(arrays, conv_WH=None), options))
+        off = dataclasses.replace(options, local="none", grouped=False)
+        return y if conv_W1 is None else y + attend_after(dataclasses.replace(arrays, bias_XH=None), off)
 
     def commit(
         self, state: GatedState, pending: GatedPending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]
     ) -> GatedState:
         """The state after the first `count_B` nodes of each row's path."""
-        after = commit_path(state.attention, pending.tokens, path_BP, count_B, **self._sizes())
+        after = commit_path(state.attention, pending.tokens, path_BP, count_B, self._options())
         half_BPC = jnp.take_along_axis(pending.half_BMC, path_BP[:, :, None], axis=1)
         return GatedState(after, _last(half_BPC, count_B, state.previous_BC))
 
@@ -269,25 +256,20 @@ class GatedAttention(nnx.Module):
             v_BT1E = v_BT1E * _broadcast(rows.value_mask_BT, v_BT1E)
         q_BT1D, k_BT1D = heads_BT2D[:, :, :1], heads_BT2D[:, :, 1:]
         local, bias_X1 = attention.local if quadratic else "softmax", self._bias(T) * again
-        cut = rows.partition.cut(values="hidden")
-        if cut is not None and cut.shards > 1:
-            options: dict[str, Any] = {"activation": local, "score_scale": scale * again, "bias_T": bias_X1[:, 0]}
-            return whole_row_attention(q_BT1D, k_BT1D, v_BT1E, rows.segment_ids_BT, cut, **options)[:, :, 0]
-        y_BT1E = sharded_attention(
-            q_BT1D,
-            k_BT1D,
-            v_BT1E,
-            cut=cut,
-            position_BT=rows.position_BT,
+        shards = rows.partition.for_ops(values="hidden")
+        if shards is not None and shards.parts > 1:
+            named: dict[str, Any] = {"activation": local, "score_scale": scale * again, "bias_T": bias_X1[:, 0]}
+            return whole_row_attention(q_BT1D, k_BT1D, v_BT1E, rows.segment_ids_BT, shards, **named)[:, :, 0]
+        options = AttentionOptions(
+            group_size=T,
             local=local,
             score_scale=scale * again,
-            bias_XH=bias_X1,
             grouped=False,
             causal=attention.causal,
-            group_size=T,
-            segment_ids_BT=rows.segment_ids_BT,
             implementation=attention.implementation,
         )
+        arrays = AttentionArrays(q_BT1D, k_BT1D, v_BT1E, bias_XH=bias_X1)
+        y_BT1E, _ = attend(arrays, options, segment_ids_BT=rows.segment_ids_BT, shards=shards)
         return y_BT1E[:, :, 0]
 
     def _bias(self, slots: int) -> Float[Array, "X 1"]:

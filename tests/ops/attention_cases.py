@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.ops.linear_attention import augmented_attention
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, augmented_attention, explain
+from lin_jax.ops.linear_attention.select import Choice
 
 TOKEN_INPUTS = ("q_BTHD", "k_BTKD", "v_BTKE", "grouped_q_BTHP", "grouped_k_BTKP", "segment_ids_BT")
 
@@ -50,6 +51,12 @@ class Case:
         shape = (*self.arrays["q_BTHD"].shape[:3], self.arrays["v_BTKE"].shape[-1])
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
         return run(self.floats(), cotangent)
+
+    def explained(self, **more: Any) -> Choice:
+        """Which implementation runs, and why."""
+        arrays = {"alpha_H" if name == "alpha" else name: x for name, x in self.arrays.items()}
+        ids = arrays.pop("segment_ids_BT", None)
+        return explain(AttentionArrays(**arrays), AttentionOptions(**self.options, **more), segment_ids_BT=ids)
 
     def tokens(self, start: int, stop: int | None = None) -> dict[str, Any]:
         """The arrays with only tokens `start` to `stop`."""

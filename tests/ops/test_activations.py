@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.activations import laplace, masked_activation, masked_softmax, relu2
+from lin_jax.ops.activations import ACTIVATIONS, laplace, masked_softmax, relu2
 
 SCORES = np.concatenate([np.linspace(-4, 4, 41), [0.0, 0.5**0.5]])
 
@@ -55,15 +55,15 @@ def test_gradients_of_masked_softmax_are_those_of_softmax_over_the_seen():
     assert np.all(np.asarray(actual)[~np.asarray(mask)] == 0)
 
 
-@pytest.mark.parametrize("local", ["relu2", "laplace", "softmax"])
+@pytest.mark.parametrize("local", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("fill", [0.0, 1e30, -1e30])
 def test_a_row_that_sees_nothing_gives_nothing_and_no_nan(local, fill):
     score, mask = jnp.full((2, 4), fill).at[1].set(0.5), jnp.asarray([[False] * 4, [True] * 4])
 
     def total(score):
-        return jnp.sum(jnp.arange(4.0)[None] * masked_activation(local, score, mask))
+        return jnp.sum(jnp.arange(4.0)[None] * ACTIVATIONS[local].weights(score, mask))
 
-    weights, gradient = masked_activation(local, score, mask), jax.grad(total)(score)
+    weights, gradient = ACTIVATIONS[local].weights(score, mask), jax.grad(total)(score)
     assert np.all(np.asarray(weights[0]) == 0)
     assert np.all(np.asarray(gradient[0]) == 0)
     assert np.all(np.isfinite(weights)) and np.all(np.isfinite(gradient))

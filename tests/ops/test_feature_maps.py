@@ -76,10 +76,34 @@ def test_maps_without_parameters():
     np.testing.assert_allclose(elu1(x), np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def maps():
+    return [pytest.param(feature_map, id=name) for name, feature_map in FEATURE_MAPS.items()]
+
+
+def arrays_of(feature_map, features=6):
+    return [array.draw(jax.random.key(7), D, features) for array in feature_map.arrays]
+
+
+@pytest.mark.parametrize("feature_map", maps())
+def test_records_say_what_maps_do(feature_map):
+    """Sizes, shapes of arrays, signs, and the gradient that kernels are given."""
+    x, features = vectors()[0], 6
+    arrays = arrays_of(feature_map, features)
+    for array, drawn in zip(feature_map.arrays, arrays, strict=True):
+        assert drawn.shape == array.shape(D, features)
+    phi, pullback = jax.vjp(lambda x: feature_map.apply(x, *arrays), x)
+    assert phi.shape == (PAIRS, feature_map.size(D, features))
+    assert bool(jnp.any(phi < 0)) != feature_map.non_negative
+    if feature_map.gradient is not None:
+        cotangent = jnp.cos(jnp.arange(phi.size, dtype=jnp.float32)).reshape(phi.shape)
+        np.testing.assert_allclose(feature_map.gradient(x, cotangent), pullback(cotangent)[0], atol=1e-6)
+    else:
+        assert feature_map.arrays
+
+
+@pytest.mark.parametrize("name", [name for name, feature_map in FEATURE_MAPS.items() if not feature_map.arrays])
 def test_zero_vectors_have_finite_features_and_gradients(name):
-    phi = FEATURE_MAPS[name]
-    features, pullback = jax.vjp(phi, jnp.zeros((2, D)))
+    features, pullback = jax.vjp(FEATURE_MAPS[name].apply, jnp.zeros((2, D)))
     assert np.all(np.isfinite(features))
     assert np.all(np.isfinite(pullback(jnp.ones_like(features))[0]))
     assert np.all(np.asarray(features) == (1 if name == "elu1" else 0))

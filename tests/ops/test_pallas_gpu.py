@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from lin_jax.ops.linear_attention import augmented_attention, explain, select
-from lin_jax.ops.linear_attention.api import DEFAULTS, make_inputs
+from lin_jax.ops.linear_attention import augmented_attention, select
+from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
+from lin_jax.ops.linear_attention.inputs import make_inputs
 from lin_jax.plan import cuda
 from tests.ops.ahead import compile_ahead
 from tests.ops.attention_cases import make_case
@@ -129,7 +130,7 @@ class TestPlan:
         found = []
 
         def attend(q, k, v):
-            inputs = make_inputs(q, k, v, **{**DEFAULTS, "group_size": group_size})
+            inputs = make_inputs(AttentionArrays(q, k, v), AttentionOptions(group_size=group_size))
             found.append(gpu_plan.make_plans(inputs, device).forward)
 
         tokens = lambda size: jax.ShapeDtypeStruct((B, T, heads, size), jnp.bfloat16)  # noqa: E731
@@ -150,8 +151,7 @@ class TestPlan:
 class TestChoice:
     def explained(self, monkeypatch, **options):
         monkeypatch.setattr(select, "target", lambda: select.Target("gpu", "NVIDIA H100 80GB HBM3"))
-        case = make_case(0, **options)
-        return explain(**case.arrays, **case.options)
+        return make_case(0, **options).explained()
 
     def test_takes_the_kernel_on_a_gpu(self, monkeypatch):
         assert self.explained(monkeypatch).implementation == "pallas_gpu"

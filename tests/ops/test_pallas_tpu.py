@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from lin_jax.ops.linear_attention import augmented_attention, explain, select
+from lin_jax.ops.linear_attention import augmented_attention, select
 from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
 from lin_jax.ops.linear_attention.tpu.blocks import table
 from tests.ops.ahead import compile_ahead
@@ -157,8 +157,7 @@ def test_under_shard_map():
 class TestChoice:
     def explained(self, monkeypatch, platform, kind, **options):
         monkeypatch.setattr(select, "target", lambda: select.Target(platform, kind))
-        case = make_case(0, **options)
-        return explain(**case.arrays, **case.options)
+        return make_case(0, **options).explained()
 
     def test_takes_the_kernel_on_a_tpu(self, monkeypatch):
         assert self.explained(monkeypatch, "tpu", "TPU v5 lite", D=128, E=128).implementation == "pallas_tpu"

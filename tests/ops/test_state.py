@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lin_jax.ops.layout import token_layout
-from lin_jax.ops.linear_attention.state import advance, context_tokens, empty_state
+from lin_jax.ops.linear_attention.arguments import AttentionOptions
+from lin_jax.ops.linear_attention.state import Pending, advance, context_tokens, empty_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,9 +42,10 @@ def advance_compiled(G: int, R: int):
         # A token is a number; key, grouped key and value are distinct multiples of it.
         x = token_BT[:, :, None, None].astype(jnp.float32)
         layout = token_layout(ids_BT, state.length_B)
-        options = {"group_size": G, "local_groups": R, "feature_map": "identity"}
-        state = advance(state, x, 2 * x, jnp.concatenate([3 * x, jnp.ones_like(x)], -1), layout, **options)
-        return state, context_tokens(state, G, R)
+        options = AttentionOptions(group_size=G, local_groups=R)
+        tokens = Pending(x, jnp.concatenate([3 * x, jnp.ones_like(x)], -1), 2 * x)
+        state = advance(state, tokens, layout, options)
+        return state, context_tokens(state, options)
 
     return jax.jit(one)
 
@@ -53,7 +55,8 @@ def advance_compiled(G: int, R: int):
 @hypothesis.given(rows=st.lists(st.lists(ids, min_size=2, max_size=2), min_size=CHUNKS, max_size=CHUNKS))
 def test_every_slot_holds_the_token_of_its_position(G, R, W, rows):
     x = jnp.zeros((2, 1, 1, 1))
-    state = empty_state(x, x, grouped_k_BTKP=jnp.zeros((2, 1, 1, 2)), group_size=G, local_groups=R, taps=W)
+    options = AttentionOptions(group_size=G, local_groups=R)
+    state = empty_state(x, x, options, grouped_k_BTKP=jnp.zeros((2, 1, 1, 2)), taps=W)
     histories: list[list[int]] = [[], []]
     for chunk, pair in enumerate(rows):
         tokens = 1 + T * chunk + np.arange(T) + 50 * np.arange(2)[:, None]
@@ -65,7 +68,7 @@ def test_every_slot_holds_the_token_of_its_position(G, R, W, rows):
 
 
 def row(arrays: dict, b: int) -> SimpleNamespace:
-    return SimpleNamespace(**{name: np.asarray(x[b]) for name, x in arrays.items()})
+    return SimpleNamespace(**{name: np.asarray(x[b]) for name, x in arrays.items() if x is not None})
 
 
 def check_state(state, history: list[int], G: int, R: int, W: int) -> None:
@@ -99,9 +102,9 @@ def check_context(context, history: list[int], G: int, R: int, W: int) -> None:
 
 def test_the_size_does_not_depend_on_the_tokens_before():
     x = jnp.ones((1, 40, 2, 4))
-    empty = empty_state(x, x, group_size=4, local_groups=2, taps=3)
+    options = AttentionOptions(group_size=4, local_groups=2)
+    empty = empty_state(x, x, options, taps=3)
     layout = token_layout(jnp.ones((1, 40), jnp.int32), empty.length_B)
-    options = {"group_size": 4, "local_groups": 2, "feature_map": "identity"}
-    full = jax.jit(lambda state: advance(state, x, x, None, layout, **options))(empty)
+    full = jax.jit(lambda state: advance(state, Pending(x, None, x), layout, options))(empty)
     assert [x.shape for x in jax.tree.leaves(full)] == [x.shape for x in jax.tree.leaves(empty)]
     assert full.grouped_key_BSKP is None

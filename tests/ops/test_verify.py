@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.ops.linear_attention import augmented_attention
-from lin_jax.ops.linear_attention.state import Pending, empty_state
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, augmented_attention
+from lin_jax.ops.linear_attention.state import empty_state, pending_tokens
 from lin_jax.ops.linear_attention.verify import commit_path, verify_tree
 from lin_jax.ops.tree import Tree, chain
 from tests.ops.decode_cases import Draft, make_draft, random_tree, tree_shapes
@@ -30,8 +30,8 @@ class Op:
     options: dict[str, Any]
 
     @property
-    def sizes(self):
-        return {name: self.options[name] for name in ("group_size", "local_groups", "feature_map")}
+    def record(self):
+        return AttentionOptions(**self.options)
 
     def forward(self, arrays, ids_BT=None, state=None, implementation="xla"):
         named = {NAMES[name]: x for name, x in arrays.items()}
@@ -43,21 +43,19 @@ class Op:
         return jax.jit(call)(arrays, ids_BT)
 
     def verify(self, nodes, tree: Tree, state):
-        own = {
-            f"{name}_BM{axes}": nodes[name]
-            for name, axes in (("grouped_q", "HP"), ("grouped_k", "KP"))
-            if name in nodes
-        }
-        return verify_tree(nodes["q"], nodes["k"], nodes["v"], tree, state, **own, **self.weights, **self.options)
+        return verify_tree(self.nodes(nodes), tree, state, self.record)
+
+    def nodes(self, nodes):
+        weights = {"alpha_H" if name == "alpha" else name: x for name, x in self.weights.items()}
+        return AttentionArrays(**{NAMES[name]: x for name, x in nodes.items()}, **weights)
 
     def pending(self, nodes):
-        return Pending(nodes["k"], nodes.get("grouped_k"), nodes["v"])
+        return pending_tokens(self.nodes(nodes), self.record)
 
     def empty(self, arrays):
         own = arrays.get("grouped_k")
-        sizes = {name: self.options[name] for name in ("group_size", "local_groups")}
         taps = self.weights["conv_WH"].shape[0] if "conv_WH" in self.weights else 0
-        return empty_state(arrays["k"], arrays["v"], grouped_k_BTKP=own, taps=taps, **sizes)
+        return empty_state(arrays["k"], arrays["v"], self.record, grouped_k_BTKP=own, taps=taps)
 
 
 def options(largest_group: int = 64) -> st.SearchStrategy[dict[str, Any]]:
@@ -122,7 +120,7 @@ def test_a_tree_and_what_follows_its_commit(data, chosen, shape):
         real_BT = jnp.arange(4 * G)[None] < length_B[:, None]
         _, state = op.forward(draft_row, real_BT.astype(jnp.int32))
         y = op.verify(nodes, tree, state)
-        after = commit_path(state, op.pending(nodes), path_BP, count_B, **op.sizes)
+        after = commit_path(state, op.pending(nodes), path_BP, count_B, op.record)
         return y, op.verify(nodes, tree, after), after.length_B
 
     first, second, length = run(draft.row, draft.nodes, length_B, path_BP, count_B)
@@ -156,7 +154,7 @@ def test_steps_and_chunks_are_the_forward_pass(data, chosen):
     def verified(tokens, state, length):
         y = op.verify(tokens, chain(length), state)
         path_BP = jnp.broadcast_to(jnp.arange(length)[None], (2, length))
-        return y, commit_path(state, op.pending(tokens), path_BP, jnp.full(2, length), **op.sizes)
+        return y, commit_path(state, op.pending(tokens), path_BP, jnp.full(2, length), op.record)
 
     @functools.partial(jax.jit, static_argnames="length")
     def chunk(tokens, state, length):
@@ -174,6 +172,7 @@ def test_steps_and_chunks_are_the_forward_pass(data, chosen):
 
 def test_a_filter_longer_than_the_tail_is_refused():
     x = jnp.zeros((1, 1, 1, 2))
-    state = empty_state(x, x, group_size=2, taps=2)
+    options = AttentionOptions(group_size=2)
+    state = empty_state(x, x, options, taps=2)
     with pytest.raises(ValueError, match="needs a state with a tail of 2 values"):
-        verify_tree(x, x, x, chain(1), state, conv_WH=jnp.zeros((3, 1)), group_size=2)
+        verify_tree(AttentionArrays(x, x, x, conv_WH=jnp.zeros((3, 1))), chain(1), state, options)

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.parallel import difference, first_gradient, parts_of, small_model
 from lin_jax.experiment import MeshConfig
-from lin_jax.ops.cut import Cut
-from lin_jax.ops.linear_attention.sharded import sharded_attention
+from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, attend
+from lin_jax.ops.shards import Shards
 from lin_jax.train.collectives import find_collectives, sent_bytes
 from lin_jax.train.state import initial_state
 
@@ -40,12 +40,11 @@ def test_loss_and_gradient_on_a_mesh_are_those_of_one_device(architecture, atten
 def test_states_and_the_open_window_are_all_that_is_sent(groups, taps):
     """Forward and backward, to the byte, for rows of two lengths."""
     mesh = Mesh(np.array(jax.devices()), ("sequence",), axis_types=(AxisType.Auto,))
-    cut, (B, H, K, D, E, G) = Cut(mesh, tokens=("sequence",)), (2, 4, 2, 8, 16, 16)
+    shards, (B, H, K, D, E, G) = Shards(mesh, tokens=("sequence",)), (2, 4, 2, 8, 16, 16)
 
     def loss(q, k, v, conv_WH, position_BT):
-        y = sharded_attention(
-            q, k, v, conv_WH=conv_WH, cut=cut, position_BT=position_BT, group_size=G, local_groups=groups
-        )
+        options = AttentionOptions(group_size=G, local_groups=groups)
+        y, _ = attend(AttentionArrays(q, k, v, conv_WH=conv_WH), options, shards=shards, position_BT=position_BT)
         return jnp.sum(jnp.square(y))
 
     def sent(T):

@@ -1,45 +1,34 @@
-"""The one public function of augmented linear attention."""
+"""The public functions of augmented linear attention."""
 
-import inspect
-from typing import Any, Literal, get_args
+import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lin_jax.ops.layout import token_layout
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
-from lin_jax.ops.linear_attention.inputs import Inputs
-from lin_jax.ops.linear_attention.select import IMPLEMENTATIONS, Choice, attend, choose
-from lin_jax.ops.linear_attention.state import AttentionState, advance, empty_state
+from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions, per_head, with_features
+from lin_jax.ops.linear_attention.feature_maps import MapArrays
+from lin_jax.ops.linear_attention.inputs import make_inputs, normalised
+from lin_jax.ops.linear_attention.select import FORMS, KERNELS, Choice, choose
+from lin_jax.ops.linear_attention.sharded import state_before
+from lin_jax.ops.linear_attention.state import AttentionState, Pending, advance
+from lin_jax.ops.shards import Shards
+from lin_jax.ops.target import target
 
-Local = Literal["relu2", "laplace", "softmax", "none"]
 
-
-def augmented_attention(
-    q_BTHD: Float[Array, "B T H D"],
-    k_BTKD: Float[Array, "B T K D"],
-    v_BTKE: Float[Array, "B T K E"],
+def attend(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
     *,
-    grouped_q_BTHP: Float[Array, "B T H P"] | None = None,
-    grouped_k_BTKP: Float[Array, "B T K P"] | None = None,
-    local: str = "relu2",
-    score_scale: float = 1.0,
-    bias_XH: Float[Array, "X #H"] | None = None,
-    grouped: bool = True,
-    feature_map: str = "identity",
-    normalise: bool = False,
-    alpha: Float[Array, " #H"] | Float[Array, ""] | float = 1.0,
-    conv_WH: Float[Array, "W #H"] | None = None,
-    causal: bool = True,
-    group_size: int,
-    local_groups: int = 1,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     initial_state: AttentionState | None = None,
     aligned_state: bool = False,
     return_state: bool = False,
-    implementation: str | None = None,
-) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], AttentionState]:
-    """Local attention in a window of groups, linear attention to the groups before it, and a convolution of the values.
+    shards: Shards | None = None,
+    position_BT: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H E"], AttentionState | None]:
+    """Return local attention in a window of groups, linear attention to the groups before it, and a convolution.
 
     With position t in its sequence, group g(t) = floor(t / G) and all sums over tokens s of the same sequence:
 
@@ -53,218 +42,163 @@ def augmented_attention(
     the released code, whose default for a is relu2 on normalised q and k and for phi the identity.
 
     Args:
-        q_BTHD: queries. H is a multiple of K; query head h uses key/value head h // (H / K).
-        k_BTKD: keys.
-        v_BTKE: values.
-        grouped_q_BTHP: queries of the grouped branch where it has its own; needs grouped_k_BTKP.
-        grouped_k_BTKP: keys of the grouped branch.
-        local: a: relu2, laplace, softmax (normalised over the window), or none to turn the branch off.
-        score_scale: factor of q . k.
-        bias_XH: added to the score, by distance. Causal: X = S = R * G, row d is distance d. Bidirectional:
-            X = 2 * S - 1, row d + S - 1 is distance d = t - s.
-        grouped: whether the grouped branch is on.
-        feature_map: phi: identity, unit (x / ||x||), relu or elu1.
-        normalise: divide queries and keys by their norm first, as `feature_maps.unit` does: in the grouped branch, and
-            in the local one unless that is softmax. Not with states, which hold keys as they are multiplied.
-        alpha: weight of the grouped branch, one number or one a query head.
-        conv_WH: causal filter, row j multiplies v_{t-j}; one a query head or one for all; None turns it off.
-        causal: whether a token sees only itself and earlier ones.
-        group_size: tokens G in a group.
-        local_groups: groups R in the local window.
+        arrays: what is multiplied.
+        options: what is static.
         segment_ids_BT: every run of equal ids is a sequence of its own, with groups counted from its first token;
             0 is padding, which is not seen and gives 0. None: every row is one sequence.
         initial_state: what went before; the run of the row's first token continues it, if that token is real.
         aligned_state: whether the caller knows that the initial state ends with a group in all rows; without segment
             ids groups then lie alike in all rows, which takes half the local work.
         return_state: also return the state after the last real token (of its sequence; a row of padding keeps its).
-        implementation: "xla" (fused), "reference" (the definition, slow), "pallas_tpu" or "pallas_gpu" (kernels;
-            simulated on a CPU), or None for the best that runs on the default device, see `explain`.
+        shards: how arrays are split over a mesh, causal where tokens are; not with states. None: they are whole.
+        position_BT: position of each token in its sequence; only where tokens are split.
 
     Returns:
         y_BTHE in the type of v, and the final state if asked for.
 
     Raises:
-        ValueError: shapes or options that do not fit together, or a named implementation that cannot run.
+        ValueError: shapes or options that do not fit together, a named implementation that cannot run, or a part of a
+            row that is shorter than what the next one needs of it.
     """
+    if shards is not None:
+        if initial_state is not None or return_state:
+            raise ValueError("arrays that are split over a mesh have no states: give whole ones, or no shards")
+        return _attend_in_parts(arrays, options, segment_ids_BT, shards, position_BT), None
     inputs = make_inputs(
-        q_BTHD,
-        k_BTKD,
-        v_BTKE,
-        grouped_q_BTHP=grouped_q_BTHP,
-        grouped_k_BTKP=grouped_k_BTKP,
-        local=local,
-        score_scale=score_scale,
-        bias_XH=bias_XH,
-        grouped=grouped,
-        feature_map=feature_map,
-        normalise=normalise,
-        alpha=alpha,
-        conv_WH=conv_WH,
-        causal=causal,
-        group_size=group_size,
-        local_groups=local_groups,
+        arrays,
+        options,
         segment_ids_BT=segment_ids_BT,
         initial_state=initial_state,
         aligned_state=aligned_state,
         return_state=return_state,
-        implementation=implementation,
     )
-    B, T, H, _ = q_BTHD.shape
-    if T == 0:
-        y_BTHE = jnp.zeros((B, 0, H, v_BTKE.shape[-1]), v_BTKE.dtype)
-        return (y_BTHE, inputs.initial_state) if return_state else y_BTHE
-    y_BTHE, folded_BKPE = attend(inputs, choose(inputs, implementation).implementation)
-    return (y_BTHE, _final_state(inputs, folded_BKPE)) if return_state else y_BTHE
+    name, folded_BKPE = choose(inputs).implementation, None
+    if not arrays.q_BTHD.shape[1]:
+        y_BTHE = jnp.zeros((*arrays.q_BTHD.shape[:3], arrays.v_BTKE.shape[-1]), arrays.v_BTKE.dtype)
+        return y_BTHE, inputs.initial_state if return_state else None
+    if name in KERNELS:
+        y_BTHE, folded_BKPE = KERNELS[name].attend(inputs, target().device_kind)
+    else:
+        y_BTHE = FORMS[name](normalised(inputs))
+    if not return_state:
+        return y_BTHE, None
+    layout = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
+    tokens = Pending(inputs.arrays.k_BTKD, inputs.arrays.grouped_k_BTKP, inputs.arrays.v_BTKE)
+    return y_BTHE, advance(inputs.initial_state, tokens, layout, inputs.options, folded_BKPE)
 
 
-def explain(
-    q_BTHD: Float[Array, "B T H D"], k_BTKD: Float[Array, "B T K D"], v_BTKE: Float[Array, "B T K E"], **options: Any
-) -> Choice:
-    """Which implementation `augmented_attention` takes for these arguments, and why.
-
-    Raises:
-        ValueError: as `augmented_attention` does.
-    """
-    inputs = make_inputs(q_BTHD, k_BTKD, v_BTKE, **{**DEFAULTS, **options})
-    return choose(inputs, options.get("implementation"))
-
-
-def make_inputs(
-    q_BTHD: Array,
-    k_BTKD: Array,
-    v_BTKE: Array,
-    *,
-    grouped_q_BTHP: Array | None,
-    grouped_k_BTKP: Array | None,
-    local: str,
-    score_scale: float,
-    bias_XH: Array | None,
-    grouped: bool,
-    feature_map: str,
-    normalise: bool,
-    alpha: Any,
-    conv_WH: Array | None,
-    causal: bool,
-    group_size: int,
-    local_groups: int,
+def _attend_in_parts(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
     segment_ids_BT: Array | None,
-    initial_state: AttentionState | None,
-    aligned_state: bool,
-    return_state: bool,
-    implementation: str | None,
-) -> Inputs:
-    """The arguments of `augmented_attention`, checked and with defaults filled in."""
-    _check_options(local, feature_map, group_size, local_groups, implementation)
-    if not causal and (initial_state is not None or return_state):
-        raise ValueError("a bidirectional attention has no state: initial_state and return_state need causal=True")
-    if normalise and (initial_state is not None or return_state):
-        raise ValueError("normalise=True has no state: normalise queries and keys before, with feature_maps.unit")
-    _check_shapes(q_BTHD, k_BTKD, v_BTKE, grouped_q_BTHP, grouped_k_BTKP)
-    B, T, H, _ = q_BTHD.shape
-    taps = 0 if conv_WH is None else conv_WH.shape[0]
-    _check_bias(bias_XH, group_size * local_groups, causal)
-    empty = empty_state(
-        k_BTKD,
-        v_BTKE,
-        grouped_k_BTKP=grouped_k_BTKP,
-        group_size=group_size,
-        local_groups=local_groups,
-        taps=taps,
-    )
-    if initial_state is not None:
-        _check_state(initial_state, empty)
-    return Inputs(
-        q_BTHD=q_BTHD,
-        k_BTKD=k_BTKD,
-        v_BTKE=v_BTKE,
-        grouped_q_BTHP=grouped_q_BTHP,
-        grouped_k_BTKP=grouped_k_BTKP,
-        local=local,
-        score_scale=score_scale,
-        bias_XH=None if bias_XH is None else _per_head(bias_XH, H),
-        grouped=grouped,
-        feature_map=feature_map,
-        normalise=normalise,
-        alpha_H=jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (H,)),
-        conv_WH=None if conv_WH is None or taps == 0 else _per_head(conv_WH, H),
-        causal=causal,
-        group_size=group_size,
-        local_groups=local_groups,
-        segment_ids_BT=jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT,
-        initial_state=empty if initial_state is None else initial_state,
-        aligned=segment_ids_BT is None and (initial_state is None or aligned_state),
-        fresh=initial_state is None,
-        return_state=return_state,
-    )
+    shards: Shards,
+    position_BT: Array | None,
+) -> Float[Array, "B T H E"]:
+    """Return `attend` of every device's part, which is given a state that stands for the parts before it."""
+    if shards.parts > 1 and position_BT is None:
+        raise ValueError("rows that are split over a mesh need position_BT, the position of each token in its sequence")
+    arrays, options = with_features(arrays, options)
+    arrays = dataclasses.replace(arrays, alpha_H=per_head(arrays.alpha_H, arrays.q_BTHD.shape[2]))
+
+    def of_part(ids_BT: Array | None, position_BT: Array | None, **part: Any) -> Array:
+        arrays, state, aligned = AttentionArrays(**part), None, False
+        if position_BT is not None:
+            state, aligned = state_before(shards, arrays, options, ids_BT, position_BT)
+        return attend(arrays, options, segment_ids_BT=ids_BT, initial_state=state, aligned_state=aligned)[0]
+
+    given = {**vars(arrays), "ids_BT": segment_ids_BT, "position_BT": position_BT if shards.parts > 1 else None}
+    return shards.run(of_part, given, AXES, "BTHE", (*arrays.q_BTHD.shape[:3], arrays.v_BTKE.shape[3]))
 
 
-# The defaults of `augmented_attention`, for `explain`.
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(augmented_attention).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+# The axes of each array, by which `Shards` splits it.
+AXES = {
+    "q_BTHD": "BTHD",
+    "k_BTKD": "BTKD",
+    "v_BTKE": "BTKE",
+    "grouped_q_BTHP": "BTHP",
+    "grouped_k_BTKP": "BTKP",
+    "bias_XH": "XH",
+    "alpha_H": "H",
+    "conv_WH": "WH",
+    "ids_BT": "BT",
+    "position_BT": "BT",
 }
 
 
-def _final_state(inputs: Inputs, folded_BKPE: Array | None) -> AttentionState:
-    return advance(
-        inputs.initial_state,
-        inputs.k_BTKD,
-        inputs.v_BTKE,
-        inputs.grouped_k_BTKP,
-        token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B),
-        group_size=inputs.group_size,
-        local_groups=inputs.local_groups,
-        feature_map=inputs.feature_map,
-        folded_BKPE=folded_BKPE,
+def explain(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    *,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+    initial_state: AttentionState | None = None,
+    aligned_state: bool = False,
+    return_state: bool = False,
+) -> Choice:
+    """Return which implementation `attend` takes for these arguments, and why.
+
+    Raises:
+        ValueError: as `attend` does.
+    """
+    inputs = make_inputs(
+        arrays,
+        options,
+        segment_ids_BT=segment_ids_BT,
+        initial_state=initial_state,
+        aligned_state=aligned_state,
+        return_state=return_state,
     )
+    return choose(inputs)
 
 
-def _per_head(x: Float[Array, "rows #H"], heads: int) -> Float[Array, "rows H"]:
-    return jnp.broadcast_to(x.astype(jnp.float32), (x.shape[0], heads))
+def augmented_attention(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKE: Float[Array, "B T K E"],
+    *,
+    grouped_q_BTHP: Float[Array, "B T H P"] | None = None,
+    grouped_k_BTKP: Float[Array, "B T K P"] | None = None,
+    bias_XH: Float[Array, "X #H"] | None = None,
+    alpha: Float[Array, " #H"] | Float[Array, ""] | float = 1.0,
+    conv_WH: Float[Array, "W #H"] | None = None,
+    features: MapArrays | None = None,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+    initial_state: AttentionState | None = None,
+    aligned_state: bool = False,
+    return_state: bool = False,
+    **options: Any,
+) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], AttentionState]:
+    """Return `attend` of arguments that are given one by one.
 
+    Args:
+        q_BTHD: queries; arrays up to `features` are those of `AttentionArrays`.
+        k_BTKD: keys.
+        v_BTKE: values.
+        grouped_q_BTHP: queries of the grouped branch where it has its own.
+        grouped_k_BTKP: keys of the grouped branch.
+        bias_XH: added to the score, by distance.
+        alpha: weight of the grouped branch, one number or one a query head.
+        conv_WH: causal filter.
+        features: the arrays of a feature map that has some.
+        segment_ids_BT: see `attend`, as what follows.
+        initial_state: what went before.
+        aligned_state: whether it ends with a group in all rows.
+        return_state: also return the state after the last real token.
+        options: of `AttentionOptions`: group_size, local_groups, local, score_scale, grouped, feature_map, normalise,
+            causal, implementation.
 
-def _check_options(
-    local: str, feature_map: str, group_size: int, local_groups: int, implementation: str | None
-) -> None:
-    if local not in get_args(Local):
-        raise ValueError(f"local must be one of {', '.join(get_args(Local))}, but is {local!r}")
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, but is {feature_map!r}")
-    if group_size < 1 or local_groups < 1:
-        raise ValueError(f"group_size={group_size} and local_groups={local_groups} must be at least 1")
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but is {implementation!r}")
+    Returns:
+        y_BTHE in the type of v, and the final state if asked for.
 
-
-def _check_shapes(q: Array, k: Array, v: Array, grouped_q: Array | None, grouped_k: Array | None) -> None:
-    H, K = q.shape[2], k.shape[2]
-    if K == 0 or H % K:
-        raise ValueError(f"{H} query heads are not divisible by {K} key/value heads")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    if grouped_q is None and grouped_k is None:
-        return
-    if grouped_q is None or grouped_k is None:
-        raise ValueError("grouped_q_BTHP and grouped_k_BTKP must be given together")
-    if grouped_q.shape[:3] != q.shape[:3] or grouped_k.shape[:3] != k.shape[:3]:
-        raise ValueError(f"shapes do not fit: grouped q {grouped_q.shape}, k {grouped_k.shape}, local q {q.shape}")
-
-
-def _check_bias(bias_XH: Array | None, slots: int, causal: bool) -> None:
-    rows = slots if causal else 2 * slots - 1
-    if bias_XH is not None and bias_XH.shape[0] != rows:
-        raise ValueError(f"bias_XH needs {rows} rows, one a distance in the local window, but has {bias_XH.shape[0]}")
-
-
-def _check_state(state: AttentionState, empty: AttentionState) -> None:
-    for name, expected in vars(empty).items():
-        found = getattr(state, name)
-        shape = None if found is None else found.shape
-        if name == "tail_BUKE" and found.shape[1] > expected.shape[1]:
-            continue  # it serves a longer filter, and holds all that this one needs
-        if shape != (None if expected is None else expected.shape):
-            raise ValueError(
-                f"initial_state.{name} has shape {shape}, but these inputs need "
-                f"{None if expected is None else expected.shape}"
-            )
+    Raises:
+        ValueError: as `attend` does.
+    """
+    arrays = AttentionArrays(q_BTHD, k_BTKD, v_BTKE, grouped_q_BTHP, grouped_k_BTKP, bias_XH, alpha, conv_WH, features)
+    y_BTHE, state = attend(
+        arrays,
+        AttentionOptions(**options),
+        segment_ids_BT=segment_ids_BT,
+        initial_state=initial_state,
+        aligned_state=aligned_state,
+        return_state=return_state,
+    )
+    return y_BTHE if state is None else (y_BTHE, state)

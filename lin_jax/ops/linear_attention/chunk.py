@@ -12,14 +12,16 @@ belongs to queries and one for what belongs to keys, as kernels visit blocks in 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# Below this square of a norm a vector counts as zero, see `feature_maps.unit`.
-SMALLEST_SQUARE = 1e-12
+from lin_jax.ops.linear_attention.arguments import AttentionOptions
+from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, identity, unit, unit_gradient
+from lin_jax.ops.linear_attention.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Form:
     """The static options of the op that a block depends on, see `augmented_attention`.
 
     Attributes:
+        unit_scores: whether the local branch scores unit vectors.
         own_grouped: whether the grouped branch has its own queries and keys.
     """
 
@@ -35,6 +38,7 @@ class Form:
     grouped: bool
     feature_map: str
     normalise: bool
+    unit_scores: bool
     own_grouped: bool
 
     @property
@@ -45,8 +49,22 @@ class Form:
     @property
     def shared(self) -> bool:
         """Whether both branches multiply the very same queries and keys, so that one product serves both."""
-        same = self.feature_map == "identity" and not (self.normalise and self.local == "softmax")
+        same = self.feature_map == "identity" and self.normalise == self.unit_scores
         return self.scored and self.grouped and not self.own_grouped and same
+
+
+def form_of(inputs: Inputs) -> Form:
+    """Return the options of a block."""
+    options = inputs.options
+    return Form(
+        local=options.local,
+        score_scale=options.score_scale,
+        grouped=options.grouped,
+        feature_map=options.inner_map.name,
+        normalise=options.normalise,
+        unit_scores=options.unit_scores,
+        own_grouped=inputs.own_grouped,
+    )
 
 
 class Operands(NamedTuple):
@@ -127,50 +145,34 @@ def transposed_times(a: Array, b: Array) -> Array:
 # What becomes of queries and keys before they are multiplied, and the adjoints.
 
 
-def _inverse_norm(x: Array) -> Array:
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return jax.lax.rsqrt(jnp.maximum(square, SMALLEST_SQUARE))
+class BlockMap(NamedTuple):
+    """A feature map as kernels have it, see `FeatureMap`.
+
+    Attributes:
+        apply: phi, of operations that every backend has; its gradient is the map's own.
+        keeps_zero: whether phi(0) is 0, as channels that do not exist are.
+    """
+
+    apply: Callable[[Array], Array]
+    keeps_zero: bool
 
 
-def _unit(x: Array) -> Array:
+def _relu(x: Array) -> Array:
+    return jnp.maximum(x, jnp.zeros_like(x))
+
+
+def _elu1(x: Array) -> Array:
     wide = x.astype(jnp.float32)
-    return (wide * _inverse_norm(wide)).astype(x.dtype)
+    return jnp.where(wide > 0, wide + 1, jnp.exp(jnp.minimum(wide, 0.0))).astype(x.dtype)
 
 
-def _pull_unit(x: Array, gradient: Array) -> Array:
-    """Below `SMALLEST_SQUARE` the norm counts as a constant."""
-    wide = x.astype(jnp.float32)
-    inverse = _inverse_norm(wide)
-    y = wide * inverse
-    along = jnp.where(inverse < SMALLEST_SQUARE**-0.5, jnp.sum(gradient * y, axis=-1, keepdims=True), 0.0)
-    return inverse * (gradient - along * y)
-
-
-def _map(name: str, x: Array) -> Array:
-    if name == "unit":
-        return _unit(x)
-    if name == "relu":
-        return jnp.maximum(x, jnp.zeros_like(x))
-    if name == "elu1":
-        wide = x.astype(jnp.float32)
-        return jnp.where(wide > 0, wide + 1, jnp.exp(jnp.minimum(wide, 0.0))).astype(x.dtype)
-    return x
-
-
-def _pull_map(name: str, x: Array, gradient: Array) -> Array:
-    if name == "unit":
-        return _pull_unit(x, gradient)
-    wide = x.astype(jnp.float32)
-    if name == "relu":
-        return jnp.where(wide > 0, gradient, 0.0)
-    if name == "elu1":
-        return jnp.where(wide > 0, gradient, gradient * jnp.exp(jnp.minimum(wide, 0.0)))
-    return gradient
-
-
-def _local_normalised(form: Form) -> bool:
-    """Softmax scores queries and keys as they are."""
-    return form.normalise and form.local != "softmax"
+# The maps that kernels know; they refuse others.
+MAPS = {
+    "identity": BlockMap(identity, keeps_zero=True),
+    "unit": BlockMap(unit, keeps_zero=True),
+    "relu": BlockMap(_relu, keeps_zero=True),
+    "elu1": BlockMap(_elu1, keeps_zero=False),
+}
 
 
 def operand(form: Form, x: Array, grouped: Array | None) -> tuple[Array | None, Array | None]:
@@ -183,11 +185,11 @@ def operand(form: Form, x: Array, grouped: Array | None) -> tuple[Array | None, 
     """
     local = None
     if form.scored:
-        local = _unit(x) if _local_normalised(form) else x
+        local = unit(x) if form.unit_scores else x
     if form.shared or not form.grouped:
         return local, local if form.shared else None
     source = x if grouped is None else grouped
-    return local, _map(form.feature_map, _unit(source) if form.normalise else source)
+    return local, MAPS[form.feature_map].apply(unit(source) if form.normalise else source)
 
 
 def pull_operand(
@@ -197,12 +199,14 @@ def pull_operand(
     from_local: Array | float = 0.0
     from_grouped: Array | float = 0.0
     if local_gradient is not None:
-        from_local = _pull_unit(x, local_gradient) if _local_normalised(form) else local_gradient
+        from_local = unit_gradient(x, local_gradient) if form.unit_scores else local_gradient
     if grouped_gradient is not None:
         source = x if grouped is None else grouped
-        unit = _unit(source) if form.normalise else source
-        from_grouped = _pull_map(form.feature_map, unit, grouped_gradient)
-        from_grouped = _pull_unit(source, from_grouped) if form.normalise else from_grouped
+        scaled = unit(source) if form.normalise else source
+        of_map = FEATURE_MAPS[form.feature_map].gradient
+        assert of_map is not None
+        from_grouped = of_map(scaled, grouped_gradient)
+        from_grouped = unit_gradient(source, from_grouped) if form.normalise else from_grouped
     if grouped is not None:
         return from_local + jnp.zeros(x.shape, jnp.float32), from_grouped + jnp.zeros(grouped.shape, jnp.float32)
     return from_local + from_grouped + jnp.zeros(x.shape, jnp.float32), None
@@ -220,28 +224,65 @@ def erf(x: Array) -> Array:
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def activation(local: str, score: Array, near: Array | None) -> Array:
-    """a(score) where `near`, else 0; see `lin_jax.ops.activations`."""
-    if local == "softmax":
-        lowest = float(jnp.finfo(jnp.float32).min)
-        score = _where(near, score, lowest)
-        weight = _where(near, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0.0)
-        total = jnp.sum(weight, axis=-1, keepdims=True)
-        return weight / jnp.where(total > 0, total, 1.0)
-    if local == "laplace":
-        # mean sqrt(1/2), variance 1 / (4 pi)
-        return _where(near, 0.5 * (1 + erf((score - 0.5**0.5) * (2 * jnp.pi) ** 0.5)), 0.0)
+class BlockActivation(NamedTuple):
+    """An activation as kernels have it, see `lin_jax.ops.activations`.
+
+    Attributes:
+        weights: a(score) where a mask holds (None: everywhere), else 0.
+        gradient: of the scores, from the scores, the weights, the mask and the gradient of the weights.
+    """
+
+    weights: Callable[[Array, Array | None], Array]
+    gradient: Callable[[Array, Array, Array | None, Array], Array]
+
+
+def _softmax(score: Array, near: Array | None) -> Array:
+    lowest = float(jnp.finfo(jnp.float32).min)
+    score = _where(near, score, lowest)
+    weight = _where(near, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(total > 0, total, 1.0)
+
+
+def _softmax_gradient(score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
+    return weight * (gradient - jnp.sum(weight * gradient, axis=-1, keepdims=True))
+
+
+def _laplace(score: Array, near: Array | None) -> Array:
+    # mean sqrt(1/2), variance 1 / (4 pi)
+    return _where(near, 0.5 * (1 + erf((score - 0.5**0.5) * (2 * jnp.pi) ** 0.5)), 0.0)
+
+
+def _laplace_gradient(score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
+    slope = 2**0.5 * jnp.exp(-2 * jnp.pi * jnp.square(score - 0.5**0.5))
+    return _where(near, slope * gradient, 0.0)
+
+
+def _relu2(score: Array, near: Array | None) -> Array:
     return _where(near, jnp.square(jnp.maximum(score, 0.0)), 0.0)
 
 
-def pull_activation(local: str, score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
-    """Gradient of the score, from that of the weight; 0 where not `near`."""
-    if local == "softmax":
-        return weight * (gradient - jnp.sum(weight * gradient, axis=-1, keepdims=True))
-    if local == "laplace":
-        slope = 2**0.5 * jnp.exp(-2 * jnp.pi * jnp.square(score - 0.5**0.5))
-        return _where(near, slope * gradient, 0.0)
+def _relu2_gradient(score: Array, weight: Array, near: Array | None, gradient: Array) -> Array:
     return _where(near, 2 * jnp.maximum(score, 0.0) * gradient, 0.0)
+
+
+# The activations that kernels know; they refuse others.
+ACTIVATIONS = {
+    "relu2": BlockActivation(_relu2, _relu2_gradient),
+    "laplace": BlockActivation(_laplace, _laplace_gradient),
+    "softmax": BlockActivation(_softmax, _softmax_gradient),
+}
+
+
+def refusal(options: AttentionOptions) -> str | None:
+    """Return why no kernel runs with these options, or None."""
+    if not options.causal:
+        return "it is causal only"
+    if options.grouped and options.inner_map.name not in MAPS:
+        return f"it does not know feature_map={options.feature_map}; it knows {', '.join(MAPS)}"
+    if options.scored and options.local not in ACTIVATIONS:
+        return f"it does not know local={options.local}; it knows {', '.join(ACTIVATIONS)}"
+    return None
 
 
 def _where(mask: Array | None, x: Array, otherwise: float) -> Array:
@@ -264,7 +305,7 @@ def _weights(form: Form, x: Operands, alpha: Array, masks: Masks, bands: Bands) 
         grouped = product if form.shared else None
         score = product * form.score_scale
         score = score if bands.bias is None else score + bands.bias
-        local = activation(form.local, score, masks.near)
+        local = ACTIVATIONS[form.local].weights(score, masks.near)
         terms.append(local)
     if x.grouped_query is not None and x.grouped_key is not None:
         grouped = times_transposed(x.grouped_query, x.grouped_key) if grouped is None else grouped
@@ -324,7 +365,7 @@ def pull_queries(
     weights, weight_gradient = _weights(form, x, alpha, masks, bands), times_transposed(y_gradient, value)
     query = grouped_query = alpha_gradient = bias = None
     if x.query is not None and x.key is not None:
-        score_gradient = pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
+        score_gradient = ACTIVATIONS[form.local].gradient(weights.score, weights.local, masks.near, weight_gradient)
         bias = None if bands.bias is None else score_gradient
         query = form.score_scale * times(score_gradient.astype(x.key.dtype), x.key)
     if x.grouped_query is not None and x.grouped_key is not None:
@@ -347,7 +388,7 @@ def pull_keys(
     weights, weight_gradient = _weights(form, x, alpha, masks, bands), times_transposed(y_gradient, value)
     key = grouped_key = state = None
     if x.query is not None and x.key is not None:
-        score_gradient = pull_activation(form.local, weights.score, weights.local, masks.near, weight_gradient)
+        score_gradient = ACTIVATIONS[form.local].gradient(weights.score, weights.local, masks.near, weight_gradient)
         key = form.score_scale * transposed_times(score_gradient.astype(x.query.dtype), x.query)
     if x.grouped_query is not None and x.grouped_key is not None:
         seen = _where(masks.far, alpha * weight_gradient, 0.0)

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lin_jax.ops.activations import masked_activation
+from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.layout import TokenLayout, token_layout
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import Context, context_tokens
 
@@ -16,14 +15,14 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
 
     This is the definition that every other implementation is compared with; it takes time and memory T * T.
     """
-    initial = inputs.initial_state
+    initial, arrays = inputs.initial_state, inputs.arrays
     layout = token_layout(inputs.segment_ids_BT, initial.length_B)
-    context = context_tokens(initial, inputs.group_size, inputs.local_groups)
-    own_q, own_k = inputs.grouped_q_BTHP, inputs.grouped_k_BTKP
+    context = context_tokens(initial, inputs.options)
+    own_q, own_k = arrays.grouped_q_BTHP, arrays.grouped_k_BTKP
     grouped = None if own_q is None or own_k is None else (own_q, own_k)
-    rows = (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, grouped, layout, context, initial.state_BKPE)
+    rows = (arrays.q_BTHD, arrays.k_BTKD, arrays.v_BTKE, grouped, layout, context, initial.state_BKPE)
     y_BTHE = jax.vmap(lambda *row: _attend_row(inputs, *row))(*rows)
-    return y_BTHE.astype(inputs.v_BTKE.dtype)
+    return y_BTHE.astype(arrays.v_BTKE.dtype)
 
 
 def _attend_row(
@@ -37,7 +36,7 @@ def _attend_row(
     state_KPE: Array,
 ) -> Float[Array, "T H E"]:
     """One row; the fields of `layout` and `context` come without their axis B."""
-    H, K, G, R = q_THD.shape[1], k_TKD.shape[1], inputs.group_size, inputs.local_groups
+    H, K, G, R = q_THD.shape[1], k_TKD.shape[1], inputs.options.group_size, inputs.options.local_groups
     float32 = lambda x: x.astype(jnp.float32)  # noqa: E731
     per_query_head = lambda x: jnp.repeat(float32(x), H // K, axis=1)  # noqa: E731
 
@@ -49,7 +48,7 @@ def _attend_row(
     if grouped is not None and context.grouped_key_BUKP is not None:
         grouped_q_THP = float32(grouped[0])
         grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BUKP, grouped[1]]))
-    phi = FEATURE_MAPS[inputs.feature_map]
+    phi = inputs.options.inner_map.apply
     state_HPE = jnp.repeat(state_KPE, H // K, axis=0)
 
     position_A = jnp.concatenate([context.position_BU, layout.position_BT])
@@ -62,7 +61,7 @@ def _attend_row(
         distance_A = position - position_A
         groups_A = position // G - position_A // G
         same_A = run_A == run
-        if inputs.causal:
+        if inputs.options.causal:
             local_A = same_A & key_known_A & (distance_A >= 0) & (groups_A < R)
             grouped_A = same_A & key_known_A & (groups_A >= R)
         else:
@@ -70,24 +69,24 @@ def _attend_row(
             grouped_A = same_A & key_known_A
 
         y_HE = jnp.zeros(v_AHE.shape[1:])
-        if inputs.local != "none":
-            score_HA = inputs.score_scale * jnp.einsum("hd,ahd->ha", q_THD[t], k_AHD)
-            if inputs.bias_XH is not None:
-                zero = 0 if inputs.causal else R * G - 1
-                index_A = jnp.clip(distance_A + zero, 0, inputs.bias_XH.shape[0] - 1)
-                score_HA += inputs.bias_XH[index_A].T
-            weight_HA = masked_activation(inputs.local, score_HA, local_A[None])
+        if inputs.options.scored:
+            score_HA = inputs.options.score_scale * jnp.einsum("hd,ahd->ha", q_THD[t], k_AHD)
+            if inputs.arrays.bias_XH is not None:
+                zero = 0 if inputs.options.causal else R * G - 1
+                index_A = jnp.clip(distance_A + zero, 0, inputs.arrays.bias_XH.shape[0] - 1)
+                score_HA += inputs.arrays.bias_XH[index_A].T
+            weight_HA = ACTIVATIONS[inputs.options.local].weights(score_HA, local_A[None])
             y_HE += jnp.einsum("ha,ahe->he", weight_HA, v_AHE)
-        if inputs.grouped:
+        if inputs.options.grouped:
             phi_q_HP = phi(grouped_q_THP[t])
             weight_HA = jnp.where(grouped_A, jnp.einsum("hp,ahp->ha", phi_q_HP, phi(grouped_k_AHP)), 0)
             far_HE = jnp.einsum("ha,ahe->he", weight_HA, v_AHE)
             far_HE += jnp.where(run == 0, jnp.einsum("hp,hpe->he", phi_q_HP, state_HPE), 0)
             y_HE += inputs.alpha_H[:, None] * far_HE
-        if inputs.conv_WH is not None:
-            W = inputs.conv_WH.shape[0]
+        if inputs.arrays.conv_WH is not None:
+            W = inputs.arrays.conv_WH.shape[0]
             tap_A = same_A & known_A & (distance_A >= 0) & (distance_A < W)
-            weight_AH = jnp.where(tap_A[:, None], inputs.conv_WH[jnp.clip(distance_A, 0, W - 1)], 0)
+            weight_AH = jnp.where(tap_A[:, None], inputs.arrays.conv_WH[jnp.clip(distance_A, 0, W - 1)], 0)
             y_HE += jnp.einsum("ah,ahe->he", weight_AH, v_AHE)
         return jnp.where(layout.real_BT[t], y_HE, 0)
 

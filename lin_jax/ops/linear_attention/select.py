@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from lin_jax.ops.linear_attention import reference, xla
 from lin_jax.ops.linear_attention.gpu import kernel as gpu_kernel
-from lin_jax.ops.linear_attention.inputs import Inputs, normalised
+from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.tpu import kernel as tpu_kernel
 from lin_jax.ops.target import Target, target
 
@@ -41,21 +41,21 @@ class Kernel(NamedTuple):
     attend: Callable[[Inputs, str], tuple[Float[Array, "B T H E"], Float[Array, "B K P E"] | None]]
 
 
-PLAIN = {"xla": xla.attend, "reference": reference.attend}
+FORMS = {"xla": xla.attend, "reference": reference.attend}
 KERNELS = {
     "pallas_tpu": Kernel("tpu", tpu_kernel.refusal, tpu_kernel.attend),
     "pallas_gpu": Kernel("gpu", gpu_kernel.refusal, gpu_kernel.attend),
 }
-IMPLEMENTATIONS = (*PLAIN, *KERNELS)
 
 
-def choose(inputs: Inputs, implementation: str | None) -> Choice:
-    """The implementation that runs.
+def choose(inputs: Inputs) -> Choice:
+    """Return the implementation that runs.
 
     Raises:
         ValueError: a named implementation cannot run; says why in one line.
     """
-    if implementation in PLAIN:
+    implementation = inputs.options.implementation
+    if implementation in FORMS:
         return Choice(implementation, "it was asked for")
     where = target()
     if implementation is not None:
@@ -85,10 +85,3 @@ def _fall_back(reason: str) -> Choice:
 @functools.cache
 def _log_once(reason: str) -> None:
     logger.info("augmented attention takes implementation xla: %s", reason)
-
-
-def attend(inputs: Inputs, implementation: str) -> tuple[Float[Array, "B T H E"], Float[Array, "B K P E"] | None]:
-    """Outputs, and the folded state after the row where the implementation computes it."""
-    if implementation in PLAIN:
-        return PLAIN[implementation](normalised(inputs)), None
-    return KERNELS[implementation].attend(inputs, target().device_kind)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.layout import TokenLayout
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
+from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions, with_features
+from lin_jax.ops.product import product
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,8 @@ class AttentionState:
         value_BSKE: values in the window.
         tail_BUKE: values of the last U = W - 1 tokens, oldest first, for the convolution.
         length_B: tokens so far.
+        normaliser_BKP: float32 sum of phi(k_s) over the folded groups, for a grouped branch with a denominator; None
+            where there is none, as in all options so far.
     """
 
     state_BKPE: Float[Array, "B K P E"]
@@ -35,20 +38,28 @@ class AttentionState:
     value_BSKE: Float[Array, "B S K E"]
     tail_BUKE: Float[Array, "B U K E"]
     length_B: Int[Array, " B"]
+    normaliser_BKP: Float[Array, "B K P"] | None = None
 
 
 def empty_state(
     k_BTKD: Float[Array, "B T K D"],
     v_BTKE: Float[Array, "B T K E"],
+    options: AttentionOptions,
     *,
     grouped_k_BTKP: Float[Array, "B T2 K P"] | None = None,
-    group_size: int,
-    local_groups: int = 1,
     taps: int = 0,
 ) -> AttentionState:
-    """The state before the first token, for keys and values of these shapes and types (T does not matter)."""
+    """Return the state before the first token, for keys and values of these shapes and types (T does not matter).
+
+    Args:
+        k_BTKD: keys.
+        v_BTKE: values.
+        options: of the op.
+        grouped_k_BTKP: the grouped branch's own keys, where it has some; with a map that has arrays, its features.
+        taps: W of the convolution.
+    """
     B, _, K, D = k_BTKD.shape
-    E, S = v_BTKE.shape[-1], group_size * local_groups
+    E, S = v_BTKE.shape[-1], options.slots
     P = D if grouped_k_BTKP is None else grouped_k_BTKP.shape[-1]
     return AttentionState(
         state_BKPE=jnp.zeros((B, K, P, E), jnp.float32),
@@ -68,8 +79,14 @@ class Pending(NamedTuple):
     value_BMKE: Float[Array, "B M K E"]
 
 
+def pending_tokens(arrays: AttentionArrays, options: AttentionOptions) -> Pending:
+    """Return the tokens of the arrays as the state would hold them."""
+    arrays, _ = with_features(arrays, options)
+    return Pending(arrays.k_BTKD, arrays.grouped_k_BTKP, arrays.v_BTKE)
+
+
 def along_path(pending: Pending, path_BP: Int[Array, "B P"]) -> Pending:
-    """The nodes of each row's path, in its order."""
+    """Return the nodes of each row's path, in its order."""
     return jax.tree.map(lambda x: jnp.take_along_axis(x, path_BP[:, :, None, None], axis=1), pending)
 
 
@@ -88,7 +105,7 @@ class Context(NamedTuple):
 
 
 def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
-    """x at the indices along axis 1, and 0 where not valid."""
+    """Return x at the indices along axis 1, and 0 where not valid."""
     if x_BT.shape[1] == 0:
         return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
     clipped = jnp.clip(index_BU, 0, x_BT.shape[1] - 1)
@@ -96,16 +113,16 @@ def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, 
     return jnp.where(valid_BU[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
 
 
-def window_start(length_B: Int[Array, " B"], group_size: int, local_groups: int) -> Int[Array, " B"]:
-    """Position of the window's first slot; negative as long as the window reaches before the sequence."""
-    return (length_B // group_size - local_groups + 1) * group_size
+def window_start(length_B: Int[Array, " B"], options: AttentionOptions) -> Int[Array, " B"]:
+    """Return the position of the window's first slot; negative while the window reaches before the sequence."""
+    return (length_B // options.group_size - options.local_groups + 1) * options.group_size
 
 
-def context_tokens(state: AttentionState, group_size: int, local_groups: int) -> Context:
-    """Lays the remembered tokens out in U = max(S, W - 1) slots that end at position length - 1."""
+def context_tokens(state: AttentionState, options: AttentionOptions) -> Context:
+    """Lay the remembered tokens out in U = max(S, W - 1) slots that end at position length - 1."""
     S, tail = state.key_BSKD.shape[1], state.tail_BUKE.shape[1]
     U = max(S, tail)
-    start_B = window_start(state.length_B, group_size, local_groups)
+    start_B = window_start(state.length_B, options)
     position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
     slot_BU = position_BU - start_B[:, None]
     in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
@@ -124,22 +141,18 @@ def context_tokens(state: AttentionState, group_size: int, local_groups: int) ->
 
 def advance(
     initial: AttentionState,
-    k_BTKD: Float[Array, "B T K D"],
-    v_BTKE: Float[Array, "B T K E"],
-    grouped_k_BTKP: Float[Array, "B T K P"] | None,
+    tokens: Pending,
     layout: TokenLayout,
-    *,
-    group_size: int,
-    local_groups: int,
-    feature_map: str,
+    options: AttentionOptions,
     folded_BKPE: Float[Array, "B K P E"] | None = None,
 ) -> AttentionState:
-    """The state after a row's last real token, of the sequence that token belongs to.
+    """Return the state after a row's last real token, of the sequence that token belongs to.
 
     A row of padding alone keeps its state. A row whose first token is real continues the initial state with its first
     run; every other run starts anew. `folded_BKPE` is the new state's, where it is known already.
     """
-    context = context_tokens(initial, group_size, local_groups)
+    k_BTKD, grouped_k_BTKP, v_BTKE = tokens
+    context = context_tokens(initial, options)
     U, T = context.position_BU.shape[1], k_BTKD.shape[1]
     index_T = jnp.arange(T, dtype=jnp.int32)
     last_B = jnp.max(jnp.where(layout.real_BT, index_T, -1), axis=1)
@@ -149,29 +162,23 @@ def advance(
     length_B = jnp.where(any_B, last_position_B + 1, initial.length_B)
     continues_B = ~any_B | (last_run_B == 0)
 
-    start_B = window_start(length_B, group_size, local_groups)
+    start_B = window_start(length_B, options)
     if folded_BKPE is None:
         own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
         own_BU = ~context.folded_BU & continues_B[:, None]
         kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
-        phi = FEATURE_MAPS[feature_map]
+        before = context.key_BUKD if context.grouped_key_BUKP is None else context.grouped_key_BUKP
+        row = k_BTKD if grouped_k_BTKP is None else grouped_k_BTKP
+        before_BU, row_BT = context.position_BU < start_B[:, None], layout.position_BT < start_B[:, None]
         folded_BKPE = (
             kept_BKPE
-            + _outer_sum(
-                phi(context.key_BUKD if context.grouped_key_BUKP is None else context.grouped_key_BUKP),
-                context.value_BUKE,
-                own_BU & (context.position_BU < start_B[:, None]),
-            )
-            + _outer_sum(
-                phi(k_BTKD if grouped_k_BTKP is None else grouped_k_BTKP),
-                v_BTKE,
-                own_BT & (layout.position_BT < start_B[:, None]),
-            )
+            + outer_sum(before, context.value_BUKE, own_BU & before_BU, options)
+            + outer_sum(row, v_BTKE, own_BT & row_BT, options)
         )
 
     # Position p of the last run stands at index p + offset of the row, and those before the row in the context.
     offset_B = jnp.where(any_B, last_B - last_position_B, -initial.length_B)
-    slots_BS = start_B[:, None] + jnp.arange(group_size * local_groups, dtype=jnp.int32)[None]
+    slots_BS = start_B[:, None] + jnp.arange(options.slots, dtype=jnp.int32)[None]
     tail_BU = length_B[:, None] + jnp.arange(-initial.tail_BUKE.shape[1], 0, dtype=jnp.int32)[None]
 
     def gather(before: Array | None, row: Array, position: Array) -> Array:
@@ -191,9 +198,14 @@ def advance(
     )
 
 
-def _outer_sum(
-    phi_BAKP: Float[Array, "B A K P"], v_BAKE: Float[Array, "B A K E"], mask_BA: Bool[Array, "B A"]
+def outer_sum(
+    key_BTKP: Float[Array, "B T K P"],
+    v_BTKE: Float[Array, "B T K E"],
+    mask_BT: Bool[Array, "B T"] | None,
+    options: AttentionOptions,
 ) -> Float[Array, "B K P E"]:
-    """Sum of phi v^T over the masked tokens, in float32."""
-    masked_BAKP = jnp.where(mask_BA[..., None, None], phi_BAKP, 0)
-    return jnp.einsum("bakp,bake->bkpe", masked_BAKP, v_BAKE, preferred_element_type=jnp.float32)
+    """Return the sum of phi(k) v^T over the tokens where the mask holds (None: over all), in float32."""
+    phi_BTKP = options.inner_map.apply(key_BTKP)
+    if mask_BT is not None:
+        phi_BTKP = jnp.where(mask_BT[..., None, None], phi_BTKP, 0)
+    return product("btkp,btke->bkpe", phi_BTKP, v_BTKE)

@@ -13,9 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.ops.activations import masked_activation
+from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.layout import token_layout
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
+from lin_jax.ops.linear_attention.arguments import (
+    AttentionArrays,
+    AttentionOptions,
+    per_head,
+    refuse_states,
+    with_features,
+)
 from lin_jax.ops.linear_attention.state import AttentionState, Pending, advance, along_path, window_start
 from lin_jax.ops.product import product
 from lin_jax.ops.tree import Tree
@@ -32,68 +38,46 @@ class _Distances(NamedTuple):
 
 
 def verify_tree(
-    q_BMHD: Float[Array, "B M H D"],
-    k_BMKD: Float[Array, "B M K D"],
-    v_BMKE: Float[Array, "B M K E"],
-    tree: Tree,
-    state: AttentionState,
-    *,
-    grouped_q_BMHP: Float[Array, "B M H P"] | None = None,
-    grouped_k_BMKP: Float[Array, "B M K P"] | None = None,
-    local: str = "relu2",
-    score_scale: float = 1.0,
-    bias_XH: Float[Array, "X #H"] | None = None,
-    grouped: bool = True,
-    feature_map: str = "identity",
-    alpha: Float[Array, " #H"] | Float[Array, ""] | float = 1.0,
-    conv_WH: Float[Array, "W #H"] | None = None,
-    group_size: int,
-    local_groups: int = 1,
+    arrays: AttentionArrays, tree: Tree, state: AttentionState, options: AttentionOptions
 ) -> Float[Array, "B M H E"]:
-    """Outputs of all nodes of a tree, each as if its path had been appended to the tokens of the state.
+    """Return outputs of all nodes of a tree, each as if its path had been appended to the tokens of the state.
 
     Args:
-        q_BMHD: queries of the nodes; other arguments as in `augmented_attention`.
-        k_BMKD: their keys.
-        v_BMKE: their values.
+        arrays: of the nodes; a filter may have one tap more than the state's tail.
         tree: the nodes.
         state: of the tokens before the root.
-        grouped_q_BMHP: queries of the grouped branch where it has its own.
-        grouped_k_BMKP: its keys.
-        local: activation of the local branch, or none.
-        score_scale: factor of q . k.
-        bias_XH: added to the score, by distance.
-        grouped: whether the grouped branch is on.
-        feature_map: of the grouped branch.
-        alpha: weight of the grouped branch.
-        conv_WH: filter, of at most one tap more than the state's tail; None turns it off.
-        group_size: tokens G in a group.
-        local_groups: groups R in the local window.
+        options: of the op.
+
+    Raises:
+        ValueError: options without states, or a filter that is longer.
     """
+    refuse_states(options)
+    arrays, options = with_features(arrays, options)
+    q_BMHD, k_BMKD, v_BMKE = arrays.q_BTHD, arrays.k_BTKD, arrays.v_BTKE
     B, M, H, _ = q_BMHD.shape
     K, E = v_BMKE.shape[2:]
     by_head = lambda x: x.reshape(B, M, K, H // K, -1)  # noqa: E731
-    distances = _distances(tree, state, group_size, local_groups)
+    distances = _distances(tree, state, options)
     y = jnp.zeros((B, K, H // K, M, E), jnp.float32)
     weights = None
-    if local != "none":
-        score = score_scale * _scores(by_head(q_BMHD), state.key_BSKD, k_BMKD)
-        if bias_XH is not None:
-            score += _bias(bias_XH, distances, K)
-        weights = masked_activation(local, score, _near(tree, distances, local_groups))
-    if grouped:
-        phi = FEATURE_MAPS[feature_map]
-        q = phi(by_head(q_BMHD if grouped_q_BMHP is None else grouped_q_BMHP))
+    if options.scored:
+        score = options.score_scale * _scores(by_head(q_BMHD), state.key_BSKD, k_BMKD)
+        if arrays.bias_XH is not None:
+            score += _bias(arrays.bias_XH, distances, K)
+        weights = ACTIVATIONS[options.local].weights(score, _near(tree, distances, options.local_groups))
+    if options.grouped:
+        phi = options.inner_map.apply
+        q = phi(by_head(q_BMHD if arrays.grouped_q_BTHP is None else arrays.grouped_q_BTHP))
         keys = [state.key_BSKD, k_BMKD]
-        if grouped_k_BMKP is not None and state.grouped_key_BSKP is not None:
-            keys = [state.grouped_key_BSKP, grouped_k_BMKP]
-        alpha_H = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (H,)).reshape(1, K, H // K, 1, 1)
+        if arrays.grouped_k_BTKP is not None and state.grouped_key_BSKP is not None:
+            keys = [state.grouped_key_BSKP, arrays.grouped_k_BTKP]
+        alpha_H = per_head(arrays.alpha_H, H).reshape(1, K, H // K, 1, 1)
         y += alpha_H * product("bmkjp,bkpe->bkjme", q, state.state_BKPE.astype(q.dtype))
         score = alpha_H * _scores(q, *(phi(k) for k in keys))
-        far = jnp.where(_far(tree, distances, local_groups), score, 0)
+        far = jnp.where(_far(tree, distances, options.local_groups), score, 0)
         weights = far if weights is None else weights + far
-    if conv_WH is not None:
-        taps, tail = _taps(conv_WH, tree, state, H).reshape(K, H // K, M, -1), state.tail_BUKE
+    if arrays.conv_WH is not None:
+        taps, tail = _taps(arrays.conv_WH, tree, state, H).reshape(K, H // K, M, -1), state.tail_BUKE
         y += product("kjmu,buke->bkjme", taps[..., : tail.shape[1]].astype(tail.dtype), tail)
         # Slots of the window get no taps, as the tail holds their values.
         nodes = jnp.pad(taps[None, ..., tail.shape[1] :], ((0, 0),) * 4 + ((state.key_BSKD.shape[1], 0),))
@@ -111,58 +95,38 @@ def commit_path(
     pending: Pending,
     path_BP: Int[Array, "B P"],
     count_B: Int[Array, " B"],
-    *,
-    group_size: int,
-    local_groups: int,
-    feature_map: str,
+    options: AttentionOptions,
 ) -> AttentionState:
-    """The state after the first `count_B` nodes of each row's path, which may be none.
+    """Return the state after the first `count_B` nodes of each row's path, which may be none.
 
     Most commits write a few slots of the window. Only where some row ends a group are windows moved and groups folded:
     that is a loop of no or one round, as a loop leaves the state where it is, and `lax.cond` copies it either way.
     """
-    chosen = along_path(pending, path_BP)
-    sizes = {"group_size": group_size, "local_groups": local_groups}
-    ends = jnp.any((state.length_B + count_B) // group_size != state.length_B // group_size)
+    chosen, G = along_path(pending, path_BP), options.group_size
+    ends = jnp.any((state.length_B + count_B) // G != state.length_B // G)
 
     def fold(carry: tuple[Array, AttentionState]) -> tuple[Array, AttentionState]:
-        return jnp.zeros_like(carry[0]), append(carry[1], chosen, count_B, feature_map=feature_map, **sizes)
+        return jnp.zeros_like(carry[0]), append(carry[1], chosen, count_B, options)
 
     _, state = jax.lax.while_loop(lambda carry: carry[0], fold, (ends, state))
-    return _write(state, chosen, jnp.where(ends, 0, count_B), **sizes)
+    return _write(state, chosen, jnp.where(ends, 0, count_B), options)
 
 
 def append(
-    state: AttentionState,
-    tokens: Pending,
-    count_B: Int[Array, " B"],
-    *,
-    group_size: int,
-    local_groups: int,
-    feature_map: str,
+    state: AttentionState, tokens: Pending, count_B: Int[Array, " B"], options: AttentionOptions
 ) -> AttentionState:
-    """The state after the first `count_B` of each row's tokens."""
+    """Return the state after the first `count_B` of each row's tokens."""
     real_BT = jnp.arange(tokens.key_BMKD.shape[1])[None] < count_B[:, None]
-    layout = token_layout(real_BT.astype(jnp.int32), state.length_B)
-    return advance(
-        state,
-        tokens.key_BMKD,
-        tokens.value_BMKE,
-        tokens.grouped_key_BMKP,
-        layout,
-        group_size=group_size,
-        local_groups=local_groups,
-        feature_map=feature_map,
-    )
+    return advance(state, tokens, token_layout(real_BT.astype(jnp.int32), state.length_B), options)
 
 
 def _write(
-    state: AttentionState, chosen: Pending, count_B: Int[Array, " B"], group_size: int, local_groups: int
+    state: AttentionState, chosen: Pending, count_B: Int[Array, " B"], options: AttentionOptions
 ) -> AttentionState:
-    """`append` where no row ends a group: the window stays where it is, and the tokens fill its next slots."""
+    """Return what `append` does where no row ends a group: the window stays, and the tokens fill its next slots."""
     B, S = state.key_BSKD.shape[:2]
     index_P = jnp.arange(chosen.key_BMKD.shape[1], dtype=jnp.int32)
-    slot_B = state.length_B - window_start(state.length_B, group_size, local_groups)
+    slot_B = state.length_B - window_start(state.length_B, options)
     slot_BP = jnp.where(index_P[None] < count_B[:, None], slot_B[:, None] + index_P[None], S)
     row_B1 = jnp.arange(B)[:, None]
     put = lambda window, tokens: window.at[row_B1, slot_BP].set(tokens, mode="drop")  # noqa: E731
@@ -179,17 +143,17 @@ def _write(
     )
 
 
-def _distances(tree: Tree, state: AttentionState, group_size: int, local_groups: int) -> _Distances:
-    S, length_B = state.key_BSKD.shape[1], state.length_B
-    start_B = window_start(length_B, group_size, local_groups)
+def _distances(tree: Tree, state: AttentionState, options: AttentionOptions) -> _Distances:
+    S, G, length_B = state.key_BSKD.shape[1], options.group_size, state.length_B
+    start_B = window_start(length_B, options)
     slot_BS = start_B[:, None] + jnp.arange(S, dtype=jnp.int32)[None]
     node_BM = length_B[:, None] + tree.depth_M[None]
-    groups_BM = node_BM // group_size
+    groups_BM = node_BM // G
     known_BS = (slot_BS >= 0) & (slot_BS < length_B[:, None])
     return _Distances(
         slot_BMS=node_BM[:, :, None] - slot_BS[:, None],
         slot_known_BMS=jnp.broadcast_to(known_BS[:, None], (*node_BM.shape, S)),
-        slot_groups_BMS=groups_BM[:, :, None] - slot_BS[:, None] // group_size,
+        slot_groups_BMS=groups_BM[:, :, None] - slot_BS[:, None] // G,
         node_MM=tree.depth_M[:, None] - tree.depth_M[None],
         node_groups_BMM=groups_BM[:, :, None] - groups_BM[:, None],
     )

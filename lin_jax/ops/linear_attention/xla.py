@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.ops.activations import masked_activation
+from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.layout import token_layout
-from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import context_tokens
 from lin_jax.ops.linear_attention.toeplitz import toeplitz
@@ -86,13 +85,10 @@ class _States(NamedTuple):
 
 
 def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
-    """Augmented attention of `inputs`, see `augmented_attention`."""
-    return _causal(inputs) if inputs.causal else _bidirectional(inputs)
-
-
-def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
-    """Chunk after chunk; of the earlier ones a chunk needs a state and a short stretch of tokens."""
-    T, G = inputs.q_BTHD.shape[1], inputs.group_size
+    """Return the outputs, chunk after chunk; of the earlier ones a chunk needs a state and a few tokens."""
+    if not inputs.options.causal:
+        return _bidirectional(inputs)
+    T, G = inputs.arrays.q_BTHD.shape[1], inputs.options.group_size
     chunk_tokens = CHUNK_TOKENS_CPU if target().platform == "cpu" else CHUNK_TOKENS_ACCELERATOR
     blocks = _cut(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
     chunks = -(-T // (blocks.count * G))
@@ -122,7 +118,7 @@ def _causal(inputs: Inputs) -> Float[Array, "B T H E"]:
 
 def _bidirectional(inputs: Inputs) -> Float[Array, "B T H E"]:
     """All blocks at once, each with its neighbours on both sides."""
-    T, G = inputs.q_BTHD.shape[1], inputs.group_size
+    T, G = inputs.arrays.q_BTHD.shape[1], inputs.options.group_size
     blocks = _cut(inputs, count=-(-T // G))
     queries, tokens = _pad(inputs, blocks.count * G)
     left = _context(inputs, blocks)
@@ -149,40 +145,41 @@ def _bidirectional(inputs: Inputs) -> Float[Array, "B T H E"]:
 
 def _cut(inputs: Inputs, count: int) -> _Blocks:
     """Stretches of `count` blocks, with no more blocks around them than there are tokens for."""
-    G, taps = inputs.group_size, 0 if inputs.conv_WH is None else inputs.conv_WH.shape[0]
-    back = inputs.local_groups - inputs.aligned
+    G, taps = inputs.options.group_size, 0 if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.shape[0]
+    back = inputs.options.local_groups - inputs.aligned
     if inputs.fresh:
-        back = min(back, -(-inputs.q_BTHD.shape[1] // G) - 1)
+        back = min(back, -(-inputs.arrays.q_BTHD.shape[1] // G) - 1)
     else:
         # The context of an initial state has this many tokens.
         taps = max(taps, inputs.initial_state.tail_BUKE.shape[1] + 1)
-    return _Blocks(count, back, ahead=0 if inputs.causal else back, tail=max(0, taps - 1 - back * G))
+    return _Blocks(count, back, ahead=0 if inputs.options.causal else back, tail=max(0, taps - 1 - back * G))
 
 
 def _pad(inputs: Inputs, length: int) -> tuple[_Queries, _Tokens]:
     """Queries and tokens of the row, padded at its end to `length` with a run of their own, which nothing sees."""
     layout = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
-    extra = length - inputs.q_BTHD.shape[1]
+    extra = length - inputs.arrays.q_BTHD.shape[1]
 
     def pad(x, value=0):
         return jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
+    arrays = inputs.arrays
     run, position, real = pad(layout.run_BT, -1), pad(layout.position_BT), pad(layout.real_BT)
-    grouped_q, grouped_k = (None if x is None else pad(x) for x in (inputs.grouped_q_BTHP, inputs.grouped_k_BTKP))
-    queries = _Queries(pad(inputs.q_BTHD), grouped_q, jnp.where(real, run, -1), position)
-    return queries, _Tokens(pad(inputs.k_BTKD), grouped_k, pad(inputs.v_BTKE), run, position, real, real)
+    grouped_q, grouped_k = (None if x is None else pad(x) for x in (arrays.grouped_q_BTHP, arrays.grouped_k_BTKP))
+    queries = _Queries(pad(arrays.q_BTHD), grouped_q, jnp.where(real, run, -1), position)
+    return queries, _Tokens(pad(arrays.k_BTKD), grouped_k, pad(arrays.v_BTKE), run, position, real, real)
 
 
 def _context(inputs: Inputs, blocks: _Blocks) -> _Tokens:
     """What goes before the row: the tokens that the initial state remembers, or nothing, in the same form."""
-    length = blocks.back * inputs.group_size + blocks.tail
-    B = inputs.q_BTHD.shape[0]
+    length = blocks.back * inputs.options.group_size + blocks.tail
+    B = inputs.arrays.q_BTHD.shape[0]
     if inputs.fresh:
         empty = lambda x: jnp.zeros((B, length, *x.shape[2:]), x.dtype)  # noqa: E731
-        grouped_key = None if inputs.grouped_k_BTKP is None else empty(inputs.grouped_k_BTKP)
+        grouped_key = None if inputs.arrays.grouped_k_BTKP is None else empty(inputs.arrays.grouped_k_BTKP)
         ints, never = jnp.zeros((B, length), jnp.int32), jnp.zeros((B, length), bool)
-        return _Tokens(empty(inputs.k_BTKD), grouped_key, empty(inputs.v_BTKE), ints, ints, never, never)
-    context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+        return _Tokens(empty(inputs.arrays.k_BTKD), grouped_key, empty(inputs.arrays.v_BTKE), ints, ints, never, never)
+    context = context_tokens(inputs.initial_state, inputs.options)
     context = jax.tree.map(lambda x: _last(x, length), context)
     return _Tokens(
         context.key_BUKD,
@@ -214,16 +211,16 @@ def _tails(x: Array, blocks: _Blocks, G: int) -> Array:
 
 
 def _bands(inputs: Inputs, blocks: _Blocks) -> _Bands:
-    G, R, K = inputs.group_size, inputs.local_groups, inputs.k_BTKD.shape[2]
+    G, R, K = inputs.options.group_size, inputs.options.local_groups, inputs.arrays.k_BTKD.shape[2]
     slots, back = (blocks.back + 1 + blocks.ahead) * G, blocks.back * G
     by_head = lambda x: x.reshape(1, 1, K, -1, *x.shape[1:])  # noqa: E731
     bias = taps = tail_taps = None
-    if inputs.bias_XH is not None and inputs.local != "none":
-        bias = by_head(toeplitz(inputs.bias_XH, 0 if inputs.causal else R * G - 1, G, slots, back))
-    if inputs.conv_WH is not None:
-        taps = by_head(toeplitz(inputs.conv_WH, 0, G, slots, back))
+    if inputs.arrays.bias_XH is not None and inputs.options.scored:
+        bias = by_head(toeplitz(inputs.arrays.bias_XH, 0 if inputs.options.causal else R * G - 1, G, slots, back))
+    if inputs.arrays.conv_WH is not None:
+        taps = by_head(toeplitz(inputs.arrays.conv_WH, 0, G, slots, back))
         if blocks.tail:
-            tail_taps = by_head(toeplitz(inputs.conv_WH, 0, G, blocks.tail, back + blocks.tail))
+            tail_taps = by_head(toeplitz(inputs.arrays.conv_WH, 0, G, blocks.tail, back + blocks.tail))
     return _Bands(bias, taps, tail_taps)
 
 
@@ -247,18 +244,18 @@ class _Masks(NamedTuple):
 
 
 def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) -> _Masks:
-    G, S = inputs.group_size, window.run.shape[2]
+    G, R, causal, S = inputs.options.group_size, inputs.options.local_groups, inputs.options.causal, window.run.shape[2]
     known = window.key_known[:, :, None, None, None, :]
     distance = jnp.arange(G)[:, None] + blocks.back * G - jnp.arange(S)[None]
     distance = distance[None, None, None, None]
     if inputs.aligned:
-        past = distance >= 0 if inputs.causal else jnp.ones_like(distance, bool)
-        return _Masks(past if S == G and inputs.causal else past & known, None, None)
+        past = distance >= 0 if causal else jnp.ones_like(distance, bool)
+        return _Masks(past if S == G and causal else past & known, None, None)
     cut = lambda x: x.reshape(x.shape[0], blocks.count, G)  # noqa: E731
     same = (cut(queries.run)[..., None] == window.run[:, :, None, :])[:, :, None, None]
     groups = (cut(queries.position)[..., None] // G - window.position[:, :, None, :] // G)[:, :, None, None]
-    near = (distance >= 0) & (groups < inputs.local_groups) if inputs.causal else abs(groups) < inputs.local_groups
-    far = groups >= inputs.local_groups if inputs.causal else jnp.array(True)
+    near = (distance >= 0) & (groups < R) if causal else abs(groups) < R
+    far = groups >= R if causal else jnp.array(True)
     return _Masks(same & known & near, same & known & far, same)
 
 
@@ -266,18 +263,20 @@ def _outputs(
     inputs: Inputs, blocks: _Blocks, bands: _Bands, queries: _Queries, known: _Tokens, states: list[_States]
 ) -> Float[Array, "B A H E"]:
     """Outputs of `blocks.count` blocks, given the tokens around them and the states beyond those."""
-    G, (B, A, H, _), K = inputs.group_size, queries.query.shape, known.key.shape[2]
+    G, (B, A, H, _), K = inputs.options.group_size, queries.query.shape, known.key.shape[2]
     dtype = known.value.dtype
     window = jax.tree.map(lambda x: _windows(x[:, blocks.tail :], blocks, G), known)
     masks = _masks(inputs, blocks, queries, window)
-    phi = FEATURE_MAPS[inputs.feature_map]
+    phi = inputs.options.inner_map.apply
     alpha = inputs.alpha_H.reshape(1, 1, K, H // K, 1, 1)
 
     weights = jnp.zeros(())
     query = _group_queries(queries.query, blocks, K)
-    if inputs.local != "none":
-        weights += _local_weights(inputs, query, window, masks.local, bands.bias)
-    if inputs.grouped:
+    if inputs.options.scored:
+        score = inputs.options.score_scale * product("bnkjgd,bnksd->bnkjgs", query, _group_keys(window.key))
+        score = score if bands.bias is None else score + bands.bias
+        weights += ACTIVATIONS[inputs.options.local].weights(score, masks.local)
+    if inputs.options.grouped:
         phi_query = phi(query if queries.grouped_query is None else _group_queries(queries.grouped_query, blocks, K))
         if masks.grouped is not None:
             phi_key = _group_keys(phi(window.key if window.grouped_key is None else window.grouped_key))
@@ -292,7 +291,7 @@ def _outputs(
         y += product("bnkjgs,bnkse->bnkjge", weights.astype(dtype), _group_keys(window.value))
     if bands.tail_taps is not None:
         y += _tail_convolution(inputs, blocks, bands.tail_taps, queries, known)
-    if inputs.grouped:
+    if inputs.options.grouped:
         for beyond in states:
             far = product("bnkjgp,bnkpe->bnkjge", phi_query, beyond.state.astype(phi_query.dtype))
             if masks.grouped is not None:
@@ -303,19 +302,11 @@ def _outputs(
     return y if masks.same is None else jnp.where((queries.run >= 0)[..., None, None], y, 0)
 
 
-def _local_weights(inputs: Inputs, query: Array, window: _Tokens, mask: Array, bias: Array | None) -> Array:
-    """a(q, k) for all slots of the window, [B, n, K, J, G, S] in float32."""
-    score = inputs.score_scale * product("bnkjgd,bnksd->bnkjgs", query, _group_keys(window.key))
-    if bias is not None:
-        score += bias
-    return masked_activation(inputs.local, score, mask)
-
-
 def _tail_convolution(
     inputs: Inputs, blocks: _Blocks, taps: Array, queries: _Queries, known: _Tokens
 ) -> Float[Array, "B n K J G E"]:
     """The taps that reach before the window."""
-    G, taps = inputs.group_size, taps.astype(known.value.dtype)
+    G, taps = inputs.options.group_size, taps.astype(known.value.dtype)
     values = _group_keys(_tails(known.value, blocks, G))
     if inputs.aligned:
         return product("kjgu,bnkue->bnkjge", taps[0, 0], values)
@@ -327,8 +318,8 @@ def _tail_convolution(
 
 def _outer_sums(inputs: Inputs, cut: _Tokens, mask: Bool[Array, "B n S"]) -> Float[Array, "B n K P E"]:
     """Sum of phi(k) v^T over the masked tokens of each block of `cut`, whose fields are [B, n, S, ...]."""
-    phi_key = FEATURE_MAPS[inputs.feature_map](cut.key if cut.grouped_key is None else cut.grouped_key)
-    if not inputs.aligned or not inputs.causal:
+    phi_key = inputs.options.inner_map.apply(cut.key if cut.grouped_key is None else cut.grouped_key)
+    if not inputs.aligned or not inputs.options.causal:
         phi_key = jnp.where(mask[..., None, None], phi_key, 0)
     return product("bnksp,bnkse->bnkpe", _group_keys(phi_key), _group_keys(cut.value))
 
@@ -339,10 +330,10 @@ def _states_before(inputs: Inputs, blocks: _Blocks, known: _Tokens, state: Array
     Elements of the scan are (r, S): r says that S starts a new sequence, and
     (r1, S1) + (r2, S2) = (r1 or r2, S2 if r2 else S1 + S2).
     """
-    G = inputs.group_size
+    G = inputs.options.group_size
     fold = lambda x: x[:, blocks.tail :][:, : blocks.count * G]  # noqa: E731
     cut = jax.tree.map(lambda x: fold(x).reshape(x.shape[0], blocks.count, G, *x.shape[2:]), known)
-    if not inputs.grouped:
+    if not inputs.options.grouped:
         return _States(state[:, None], jnp.broadcast_to(state_run[:, None], (state.shape[0], blocks.count + 1)))
     last_run = cut.run[:, :, -1]
     run = jnp.concatenate([state_run[:, None], last_run], axis=1)

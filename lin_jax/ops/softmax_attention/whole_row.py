@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lin_jax.ops.activations import masked_activation
+from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.collectives import whole_rows
-from lin_jax.ops.cut import Cut
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.product import product
+from lin_jax.ops.shards import Shards
 from lin_jax.ops.softmax_attention.api import softmax_attention
 
 # Queries of a device whose scores for the whole row are in memory at a time.
 QUERIES = 256
+
+# The axes of each array, by which `Shards` splits it. Every device has the bias of all distances.
+AXES = {"q_BTHD": "BTHD", "k_BTKD": "BTKD", "v_BTKE": "BTKE", "segment_ids_BT": "BT", "bias_T": "X"}
 
 
 def sharded_softmax(
@@ -20,16 +23,18 @@ def sharded_softmax(
     k_BTKD: Float[Array, "B T K D"],
     v_BTKE: Float[Array, "B T K E"],
     segment_ids_BT: Int[Array, "B T"] | None,
-    cut: Cut | None,
+    shards: Shards | None,
 ) -> Float[Array, "B T H E"]:
     """`softmax_attention` of arrays that may be cut."""
-    if cut is None:
+    if shards is None:
         return softmax_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT)
-    if cut.shards > 1:
+    if shards.parts > 1:
         scale = q_BTHD.shape[-1] ** -0.5
-        return whole_row_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT, cut, activation="softmax", score_scale=scale)
+        return whole_row_attention(
+            q_BTHD, k_BTKD, v_BTKE, segment_ids_BT, shards, activation="softmax", score_scale=scale
+        )
     arrays = {"q_BTHD": q_BTHD, "k_BTKD": k_BTKD, "v_BTKE": v_BTKE, "segment_ids_BT": segment_ids_BT}
-    return cut.run(softmax_attention, arrays, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
+    return shards.run(softmax_attention, arrays, AXES, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
 
 
 def whole_row_attention(
@@ -37,7 +42,7 @@ def whole_row_attention(
     k_BTKD: Float[Array, "B T K D"],
     v_BTKE: Float[Array, "B T K E"],
     segment_ids_BT: Int[Array, "B T"] | None,
-    cut: Cut,
+    shards: Shards,
     *,
     activation: str,
     score_scale: float,
@@ -50,31 +55,33 @@ def whole_row_attention(
         k_BTKD: keys.
         v_BTKE: values.
         segment_ids_BT: every run of equal ids is a sequence of its own; None is one sequence.
-        cut: along which axes of a mesh the arrays are cut.
+        shards: how the arrays are split over a mesh.
         activation: a: softmax, relu2 or laplace.
         score_scale: factor of q . k.
         bias_T: added to the score, by distance.
     """
 
-    def of_part(q_BTHD: Array, k_BTKD: Array, v_BTKE: Array, ids_BT: Array | None, bias_A: Array | None) -> Array:
+    def of_part(
+        q_BTHD: Array, k_BTKD: Array, v_BTKE: Array, segment_ids_BT: Array | None, bias_T: Array | None
+    ) -> Array:
         T = q_BTHD.shape[1]
-        k_BAKD, v_BAKE = (whole_rows(x, cut.tokens) for x in (k_BTKD, v_BTKE))
-        ids_BA = None if ids_BT is None else whole_rows(ids_BT, cut.tokens)
+        k_BAKD, v_BAKE = (whole_rows(x, shards.tokens) for x in (k_BTKD, v_BTKE))
+        ids_BA = None if segment_ids_BT is None else whole_rows(segment_ids_BT, shards.tokens)
         chunk = min(T, QUERIES)
         parts = -(-T // chunk)
         padded = jnp.pad(q_BTHD, ((0, 0), (0, parts * chunk - T), (0, 0), (0, 0)))
         split = jnp.moveaxis(padded.reshape(padded.shape[0], parts, chunk, *padded.shape[2:]), 1, 0)
-        first = jax.lax.axis_index(cut.tokens) * T + chunk * jnp.arange(parts, dtype=jnp.int32)
+        first = jax.lax.axis_index(shards.tokens) * T + chunk * jnp.arange(parts, dtype=jnp.int32)
 
         @jax.checkpoint
         def rows(part: tuple[Array, Array]) -> Array:
-            return _attend(*part, k_BAKD, v_BAKE, ids_BA, activation, score_scale, bias_A)
+            return _attend(*part, k_BAKD, v_BAKE, ids_BA, activation, score_scale, bias_T)
 
         y = jnp.moveaxis(jax.lax.map(rows, (split, first)), 0, 1)
         return y.reshape(y.shape[0], parts * chunk, *y.shape[3:])[:, :T]
 
-    arrays = {"q_BTHD": q_BTHD, "k_BTKD": k_BTKD, "v_BTKE": v_BTKE, "ids_BT": segment_ids_BT, "bias_A": bias_T}
-    return cut.run(of_part, arrays, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
+    arrays = {"q_BTHD": q_BTHD, "k_BTKD": k_BTKD, "v_BTKE": v_BTKE, "segment_ids_BT": segment_ids_BT, "bias_T": bias_T}
+    return shards.run(of_part, arrays, AXES, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
 
 
 def _attend(
@@ -98,7 +105,7 @@ def _attend(
     score = score_scale * product("btkjd,bakd->bkjta", q_BTHD.reshape(B, T, K, H // K, D), k_BAKD)
     if bias_A is not None:
         score += _by_distance(bias_A.astype(jnp.float32), first, T)[None, None, None]
-    weights = masked_activation(activation, score, mask_BTA[:, None, None]).astype(v_BAKE.dtype)
+    weights = ACTIVATIONS[activation].weights(score, mask_BTA[:, None, None]).astype(v_BAKE.dtype)
     y = product("bkjta,bake->btkje", weights, v_BAKE)
     return y.astype(v_BAKE.dtype).reshape(B, T, H, -1)
 

@@ -16,9 +16,9 @@ import tomllib
 from importlib import resources
 from typing import Any, NamedTuple
 
-from lin_jax.ops.linear_attention.chunk import Form
+from lin_jax.ops.linear_attention import chunk
+from lin_jax.ops.linear_attention.chunk import Form, form_of
 from lin_jax.ops.linear_attention.inputs import Inputs
-from lin_jax.ops.linear_attention.tpu.blocks import form_of
 
 # The sums of all parts in float32, and their prefix, stay under this share of the bytes of q, k, v and y.
 STATE_SHARE = 0.04
@@ -211,7 +211,7 @@ class Plans(NamedTuple):
 
 def make_plans(inputs: Inputs, device_kind: str) -> Plans:
     """The plans for `inputs` on a device of this kind."""
-    wide = inputs.v_BTKE.shape[-1] > NARROW
+    wide = inputs.arrays.v_BTKE.shape[-1] > NARROW
     plans = Plans(
         _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward")),
         _make_plan(inputs, tuning(device_kind, "backward")),
@@ -224,11 +224,11 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
 
 
 def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
-    B, T, H, D = inputs.q_BTHD.shape
-    _, _, K, E = inputs.v_BTKE.shape
+    B, T, H, D = inputs.arrays.q_BTHD.shape
+    _, _, K, E = inputs.arrays.v_BTKE.shape
     # What the table was chosen for is at most 128 channels of bfloat16 or float16, and masks from positions alone. Of
     # more bytes half as many rows fit the registers, and masks of segments need those of 8 warps.
-    large = D > NARROW or inputs.v_BTKE.dtype.itemsize > 2
+    large = D > NARROW or inputs.arrays.v_BTKE.dtype.itemsize > 2
     rows = min(max(16, sizes.rows // 2) if large else sizes.rows, padded(T))
     aligned = inputs.aligned and inputs.fresh  # What an initial state does not know has to be masked.
     return Plan(
@@ -240,16 +240,16 @@ def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
         heads=H,
         key_heads=K,
         size=D,
-        grouped_size=D if inputs.grouped_q_BTHP is None else inputs.grouped_q_BTHP.shape[-1],
+        grouped_size=D if inputs.arrays.grouped_q_BTHP is None else inputs.arrays.grouped_q_BTHP.shape[-1],
         value_size=E,
-        group_size=inputs.group_size,
-        local_groups=inputs.local_groups,
-        taps=0 if inputs.conv_WH is None else inputs.conv_WH.shape[0],
-        bias=inputs.bias_XH is not None and inputs.local != "none",
+        group_size=inputs.options.group_size,
+        local_groups=inputs.options.local_groups,
+        taps=0 if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.shape[0],
+        bias=inputs.arrays.bias_XH is not None and inputs.options.scored,
         aligned=aligned,
         initial=not inputs.fresh,
-        lag=_lag(rows, inputs.group_size, inputs.local_groups, aligned),
-        itemsize=inputs.v_BTKE.dtype.itemsize,
+        lag=_lag(rows, inputs.options.group_size, inputs.options.local_groups, aligned),
+        itemsize=inputs.arrays.v_BTKE.dtype.itemsize,
     )
 
 
@@ -263,17 +263,16 @@ def _lag(rows: int, G: int, R: int, aligned: bool) -> int | None:
 
 def refusal(inputs: Inputs, device_kind: str) -> str | None:
     """Why the kernel cannot run for these inputs, or None."""
-    sizes = {inputs.q_BTHD.shape[-1], inputs.k_BTKD.shape[-1]}
-    if inputs.grouped_q_BTHP is not None:
-        sizes.add(inputs.grouped_q_BTHP.shape[-1])
-    arrays = inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP
-    types = sorted({str(x.dtype) for x in arrays if x is not None})
-    if not inputs.causal:
-        return "it is causal only"
+    sizes = {inputs.arrays.q_BTHD.shape[-1], inputs.arrays.k_BTKD.shape[-1]}
+    if inputs.arrays.grouped_q_BTHP is not None:
+        sizes.add(inputs.arrays.grouped_q_BTHP.shape[-1])
+    types = sorted({str(x.dtype) for x in inputs.arrays.tokens})
+    if (reason := chunk.refusal(inputs.options)) is not None:
+        return reason
     if len(types) > 1 or types[0] not in ("bfloat16", "float16", "float32"):
         return f"it needs arrays of one type, bfloat16, float16 or float32, not {', '.join(types)}"
     if max(sizes) > 256:
         return f"its heads have at most 256 channels, not {max(sizes)}"
-    if inputs.slots > MOST_SLOTS:
-        return f"its window has at most {MOST_SLOTS} slots, not group_size * local_groups = {inputs.slots}"
+    if inputs.options.slots > MOST_SLOTS:
+        return f"its window has at most {MOST_SLOTS} slots, not group_size * local_groups = {inputs.options.slots}"
     return None

@@ -129,7 +129,7 @@ class _Program:
     def operands(self, x: Array, grouped: Array | None) -> tuple[Array | None, Array | None]:
         """As they are multiplied, in the local and in the grouped branch."""
         local, mapped = chunk.operand(self.plan.form, x, grouped)
-        if mapped is not None and self.plan.form.feature_map == "elu1":  # It is 1 in channels that do not exist.
+        if mapped is not None and not chunk.MAPS[self.plan.form.feature_map].keeps_zero:
             channel = jax.lax.iota(jnp.int32, mapped.shape[1])
             mapped = jnp.where((channel < self.plan.grouped_size)[None], mapped, jnp.zeros_like(mapped))
         return local, mapped
@@ -303,7 +303,7 @@ def _weights(form: Form, q: _Queries, k: _Keys, pair: _Pair, tables: _Tables, al
         if form.local == "softmax":
             local = _where(pair.near, jnp.exp(score - log_total[:, None]))
         else:
-            local = chunk.activation(form.local, score, pair.near)
+            local = chunk.ACTIVATIONS[form.local].weights(score, pair.near)
         terms.append(local)
     if pair.has_far:
         if product is None or not form.shared:
@@ -318,7 +318,7 @@ def _score_gradient(form: Form, weights: _Weights, pair: _Pair, gradient: Array,
     """Gradient of the scores from that of the weights; `delta` is softmax's sum of weight gradient over the window."""
     if form.local == "softmax":
         return weights.local * (gradient - delta[:, None])
-    return chunk.pull_activation(form.local, weights.score, weights.local, pair.near, gradient)
+    return chunk.ACTIVATIONS[form.local].gradient(weights.score, weights.local, pair.near, gradient)
 
 
 # Going through blocks. Windows of up to UNROLLED earlier blocks are written out, longer ones are a loop.

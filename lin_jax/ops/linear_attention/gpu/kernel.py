@@ -43,7 +43,7 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], N
 
 
 def _floats(inputs: Inputs, length: int) -> Floats:
-    context = None if inputs.fresh else context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+    context = None if inputs.fresh else context_tokens(inputs.initial_state, inputs.options)
 
     def join(before: Any, row: Any) -> Any:
         """The tokens that an initial state remembers go before the row's: the only copy of keys and values."""
@@ -52,15 +52,15 @@ def _floats(inputs: Inputs, length: int) -> Floats:
         return jnp.concatenate([_ending(before, length), row], axis=1)
 
     return Floats(
-        q_BTHD=inputs.q_BTHD,
-        k_BLKD=join(context and context.key_BUKD, inputs.k_BTKD),
-        v_BLKE=join(context and context.value_BUKE, inputs.v_BTKE),
-        grouped_q_BTHP=inputs.grouped_q_BTHP,
-        grouped_k_BLKP=join(context and context.grouped_key_BUKP, inputs.grouped_k_BTKP),
+        q_BTHD=inputs.arrays.q_BTHD,
+        k_BLKD=join(context and context.key_BUKD, inputs.arrays.k_BTKD),
+        v_BLKE=join(context and context.value_BUKE, inputs.arrays.v_BTKE),
+        grouped_q_BTHP=inputs.arrays.grouped_q_BTHP,
+        grouped_k_BLKP=join(context and context.grouped_key_BUKP, inputs.arrays.grouped_k_BTKP),
         alpha_H=inputs.alpha_H,
-        bias_HX=None if inputs.bias_XH is None or inputs.local == "none" else inputs.bias_XH.T,
-        taps_HW=None if inputs.conv_WH is None else inputs.conv_WH.T,
-        state_BKPE=None if inputs.fresh or not inputs.grouped else inputs.initial_state.state_BKPE,
+        bias_HX=None if inputs.arrays.bias_XH is None or not inputs.options.scored else inputs.arrays.bias_XH.T,
+        taps_HW=None if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.T,
+        state_BKPE=None if inputs.fresh or not inputs.options.grouped else inputs.initial_state.state_BKPE,
     )
 
 
@@ -75,7 +75,7 @@ def _layout(inputs: Inputs, length: int) -> Layout:
     real_run = jnp.where(row.real_BT, row.run_BT, -1)
     if inputs.fresh:
         return Layout(row.run_BT, real_run, real_run, row.position_BT)
-    context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+    context = context_tokens(inputs.initial_state, inputs.options)
     join = lambda before, row: jnp.concatenate([before, row], axis=1)  # noqa: E731
     return Layout(
         run=join(jnp.zeros_like(row.run_BT, shape=(row.run_BT.shape[0], length)), row.run_BT),

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lin_jax.ops.linear_attention.chunk import Form
+from lin_jax.ops.linear_attention.chunk import Form, form_of
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.tpu.window_layout import FIELDS, window_back
 
@@ -118,17 +118,11 @@ def table() -> dict[str, Any]:
 
 def sizes_of(inputs: Inputs) -> Sizes:
     """The axes of the inputs."""
-    B, T, H, D = inputs.q_BTHD.shape
-    own = inputs.grouped and inputs.grouped_q_BTHP is not None
-    P = inputs.grouped_q_BTHP.shape[-1] if own and inputs.grouped_q_BTHP is not None else 0
-    itemsize = jnp.dtype(inputs.v_BTKE.dtype).itemsize
-    return Sizes(B, T, H, inputs.k_BTKD.shape[2], D, inputs.v_BTKE.shape[-1], P, itemsize)
-
-
-def form_of(inputs: Inputs) -> Form:
-    """The options of a block."""
-    own = inputs.grouped and inputs.grouped_q_BTHP is not None
-    return Form(inputs.local, inputs.score_scale, inputs.grouped, inputs.feature_map, inputs.normalise, own)
+    B, T, H, D = inputs.arrays.q_BTHD.shape
+    own = inputs.arrays.grouped_q_BTHP
+    P = own.shape[-1] if inputs.options.grouped and own is not None else 0
+    itemsize = jnp.dtype(inputs.arrays.v_BTKE.dtype).itemsize
+    return Sizes(B, T, H, inputs.arrays.k_BTKD.shape[2], D, inputs.arrays.v_BTKE.shape[-1], P, itemsize)
 
 
 def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
@@ -161,16 +155,16 @@ def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
 
 
 def _plan(inputs: Inputs, sizes: Sizes, rows: int, heads: int, vmem: int) -> Plan:
-    final = inputs.return_state and inputs.grouped
+    final = inputs.return_state and inputs.options.grouped
     aligned = inputs.aligned and inputs.fresh and not final
     back = window_back(inputs, rows, aligned)
     return Plan(
         form=form_of(inputs),
         sizes=sizes,
-        group_size=inputs.group_size,
-        local_groups=inputs.local_groups,
-        bias=inputs.bias_XH is not None and inputs.local != "none",
-        taps=inputs.conv_WH is not None,
+        group_size=inputs.options.group_size,
+        local_groups=inputs.options.local_groups,
+        bias=inputs.arrays.bias_XH is not None and inputs.options.scored,
+        taps=inputs.arrays.conv_WH is not None,
         aligned=aligned,
         fresh=inputs.fresh,
         final=final,

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from lin_jax.ops.linear_attention import chunk
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import context_tokens
 from lin_jax.ops.linear_attention.tpu import body
@@ -77,10 +78,9 @@ class Plans(NamedTuple):
 
 def refusal(inputs: Inputs, device_kind: str) -> str | None:
     """Why the kernel cannot run for these inputs on a device of this kind; None if it can."""
-    if not inputs.causal:
-        return "it is causal only"
-    arrays = (inputs.q_BTHD, inputs.k_BTKD, inputs.v_BTKE, inputs.grouped_q_BTHP, inputs.grouped_k_BTKP)
-    types = {x.dtype for x in arrays if x is not None}
+    if (reason := chunk.refusal(inputs.options)) is not None:
+        return reason
+    types = {x.dtype for x in inputs.arrays.tokens}
     if len(types) > 1 or not types <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must all be float32 or all bfloat16, but are {', '.join(sorted(map(str, types)))}"
     plans = (make_plan(inputs, device_kind, direction) for direction in ("forward", "backward"))
@@ -89,12 +89,13 @@ def refusal(inputs: Inputs, device_kind: str) -> str | None:
 
 def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], Float[Array, "B K P E"] | None]:
     """Outputs, and the folded state after the row if `inputs.return_state` and there is a grouped branch."""
-    if inputs.local == "none" and not inputs.grouped and inputs.conv_WH is None:
-        return jnp.zeros((*inputs.q_BTHD.shape[:3], inputs.v_BTKE.shape[-1]), inputs.v_BTKE.dtype), None
+    arrays = inputs.arrays
+    if not inputs.options.scored and not inputs.options.grouped and arrays.conv_WH is None:
+        return jnp.zeros((*arrays.q_BTHD.shape[:3], arrays.v_BTKE.shape[-1]), arrays.v_BTKE.dtype), None
     forward, backward = (make_plan(inputs, device_kind, direction) for direction in ("forward", "backward"))
     assert isinstance(forward, Plan) and isinstance(backward, Plan)
     y, state = _attend(Plans(forward, backward), _arguments(inputs, forward, backward))
-    return y.reshape(*inputs.q_BTHD.shape[:3], -1), state
+    return y.reshape(*inputs.arrays.q_BTHD.shape[:3], -1), state
 
 
 def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
@@ -102,24 +103,24 @@ def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
     own = forward.form.own_grouped
     key_before = grouped_key_before = value_before = None
     if not inputs.fresh:
-        context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+        context = context_tokens(inputs.initial_state, inputs.options)
         last = lambda x: lanes(wl.last_slots(x, max(forward.back, backward.back)))  # noqa: E731
         key_before, value_before = last(context.key_BUKD), last(context.value_BUKE)
         grouped_key_before = last(context.grouped_key_BUKP) if own else None
     fields = lambda plan: None if plan.aligned else wl.window_fields(inputs, plan.rows, plan.back)  # noqa: E731
     return Arguments(
-        lanes(inputs.q_BTHD),
-        lanes(inputs.k_BTKD),
-        lanes(inputs.grouped_q_BTHP) if own else None,
-        lanes(inputs.grouped_k_BTKP) if own else None,
-        lanes(inputs.v_BTKE),
+        lanes(inputs.arrays.q_BTHD),
+        lanes(inputs.arrays.k_BTKD),
+        lanes(inputs.arrays.grouped_q_BTHP) if own else None,
+        lanes(inputs.arrays.grouped_k_BTKP) if own else None,
+        lanes(inputs.arrays.v_BTKE),
         inputs.alpha_H,
-        inputs.bias_XH if forward.bias else None,
-        inputs.conv_WH,
+        inputs.arrays.bias_XH if forward.bias else None,
+        inputs.arrays.conv_WH,
         key_before,
         grouped_key_before,
         value_before,
-        inputs.initial_state.state_BKPE if inputs.grouped and not inputs.fresh else None,
+        inputs.initial_state.state_BKPE if inputs.options.grouped and not inputs.fresh else None,
         fields(forward),
         fields(backward),
     )

@@ -40,11 +40,11 @@ def window_back(inputs: Inputs, rows: int, aligned: bool) -> int:
         rows: tokens in a block.
         aligned: whether groups are counted from the row's first token.
     """
-    G, R = inputs.group_size, inputs.local_groups
+    G, R = inputs.options.group_size, inputs.options.local_groups
     # The first query of a block stands at most that far inside its group.
     inside = G - (math.gcd(rows, G) if aligned else 1)
-    taps = 0 if inputs.conv_WH is None else inputs.conv_WH.shape[0]
-    local = 0 if inputs.local == "none" and not inputs.grouped else (R - 1) * G + inside
+    taps = 0 if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.shape[0]
+    local = 0 if not inputs.options.scored and not inputs.options.grouped else (R - 1) * G + inside
     if not inputs.fresh:
         taps = max(taps, inputs.initial_state.tail_BUKE.shape[1] + 1)
     return max(local, taps - 1, 0)
@@ -77,7 +77,7 @@ def window_fields(inputs: Inputs, rows: int, back: int) -> Int[Array, "B N field
     run = cut(tokens.run)
     target = jnp.where(early, next_run[..., None], jnp.where(is_last, last_run[..., None], NOBODY))
     source = jnp.where(early, state_run[..., None], next_run[..., None])
-    start = (tokens.position // inputs.group_size - inputs.local_groups + 1) * inputs.group_size
+    start = (tokens.position // inputs.options.group_size - inputs.options.local_groups + 1) * inputs.options.group_size
     fields = {
         QUERY_RUN: jnp.where(cut(tokens.real) & jnp.asarray(np.arange(back + rows) >= back)[None, None], run, -1),
         START: cut(start),
@@ -93,7 +93,7 @@ def window_fields(inputs: Inputs, rows: int, back: int) -> Int[Array, "B N field
 
 
 def _tokens(inputs: Inputs, rows: int, back: int) -> _Tokens:
-    T = inputs.q_BTHD.shape[1]
+    T = inputs.arrays.q_BTHD.shape[1]
     layout = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
     of_row = _Tokens(layout.run_BT, layout.position_BT, layout.real_BT, layout.real_BT, layout.real_BT)
     before = _before(inputs, back)
@@ -104,11 +104,11 @@ def _tokens(inputs: Inputs, rows: int, back: int) -> _Tokens:
 
 def _before(inputs: Inputs, back: int) -> _Tokens:
     """The tokens before the row: those of the initial state, or nothing."""
-    B = inputs.q_BTHD.shape[0]
+    B = inputs.arrays.q_BTHD.shape[0]
     zeros, never = jnp.zeros((B, back), jnp.int32), jnp.zeros((B, back), bool)
     if inputs.fresh:
         return _Tokens(zeros, zeros, never, never, never)
-    context = context_tokens(inputs.initial_state, inputs.group_size, inputs.local_groups)
+    context = context_tokens(inputs.initial_state, inputs.options)
     position = last_slots(context.position_BU, back)
     known = last_slots(~context.folded_BU, back)
     return _Tokens(zeros, position, never, known, last_slots(context.position_BU >= 0, back))
@@ -125,5 +125,5 @@ def _stays_open(inputs: Inputs, tokens: _Tokens, last_run: Array) -> Array:
     ends = jnp.where(tokens.real & (tokens.run == last_run), tokens.position + 1, -1)
     length = jnp.max(ends, axis=1)
     length = jnp.where(length < 0, inputs.initial_state.length_B, length)
-    start = window_start(length, inputs.group_size, inputs.local_groups)
+    start = window_start(length, inputs.options)
     return (tokens.run == last_run) & (tokens.position >= start[:, None])

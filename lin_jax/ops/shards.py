@@ -1,4 +1,4 @@
-"""Ops on arrays that are cut over a mesh: each device runs its part, and what crosses devices is told, not inferred."""
+"""Ops on arrays that are split over a mesh: each device runs its part; what crosses devices is told, not inferred."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """The mesh, and its axes that cut rows B, tokens T, heads H and K, channels E of the values, and vocabulary V.
+class Shards:
+    """The mesh, and its axes that split rows B, tokens T, heads H and K, channels E of the values, and vocabulary V.
 
     They divide the sizes.
     """
@@ -25,34 +25,45 @@ class Cut:
     vocabulary: tuple[str, ...] = ()
 
     @property
-    def shards(self) -> int:
-        """Parts into which a row is cut."""
+    def parts(self) -> int:
+        """Return the number of parts of a row."""
         return math.prod(self.mesh.shape[axis] for axis in self.tokens)
 
     def spec(self, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Mesh axes of an array whose axes are these letters of the legend; those of size 1 are not cut."""
+        """Return mesh axes of an array whose axes are these letters of the legend; those of size 1 are not split."""
         by_letter = {"B": self.batch, "T": self.tokens, "H": self.heads, "K": self.heads}
         by_letter |= {"E": self.values, "V": self.vocabulary}
         parts = (by_letter.get(axis) or None for axis in axes)
         return PartitionSpec(*(part if size > 1 else None for part, size in zip(parts, shape, strict=True)))
 
-    def run(self, f: Callable[..., Array], arrays: Mapping[str, Any], out: str, shape: tuple[int, ...]) -> Any:
-        """`f` of every device's part of `arrays`.
+    def run(
+        self,
+        f: Callable[..., Array],
+        arrays: Mapping[str, Array | None],
+        axes: Mapping[str, str],
+        out: str,
+        shape: tuple[int, ...],
+    ) -> Array:
+        """Return `f` of every device's part of `arrays`.
 
         Args:
             f: takes the arrays by name.
-            arrays: what it takes; names end with their axes. None stays None.
-            out: axes of the result.
+            arrays: what it takes. None stays None.
+            axes: the letters of each array that is given.
+            out: those of the result.
             shape: of the whole result.
         """
         given = {name: array for name, array in arrays.items() if array is not None}
         missing = dict.fromkeys(name for name, array in arrays.items() if array is None)
-        specs = {name: self.spec(name.rpartition("_")[2], array.shape) for name, array in given.items()}
+
+        def of_parts(parts: dict[str, Array]) -> Array:
+            return f(**parts, **missing)
+
         # What the specs call whole is so by construction; the checker does not know everything that kernels use.
-        sharded = jax.shard_map(
-            lambda parts: f(**parts, **missing),
+        sharded: Callable[[dict[str, Any]], Array] = jax.shard_map(
+            of_parts,
             mesh=self.mesh,
-            in_specs=(specs,),
+            in_specs=({name: self.spec(axes[name], array.shape) for name, array in given.items()},),
             out_specs=self.spec(out, shape),
             check_vma=False,
         )
