@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
     from lin_jax.plan import plan, prepare_plan
     from lin_jax.settings.command_line import config_parser, load_config
     from lin_jax.train.distributed import joined, only_first
-    from lin_jax.train.loop import describe, show_sharding, train
+    from lin_jax.train.loop import show_sharding, train
 
     for library in ("absl", "asyncio"):  # The loop reports what fails, in one line; these add pages of tracebacks.
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
             if result.validation is None:
                 report(f"stopped at step {result.step}, which is saved; run the same command to go on")
             else:
-                report(f"finished {result.step} steps in {config.workdir}: {describe(result.validation)}")
+                report(f"finished {result.step} steps in {config.workdir}: {result.described}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

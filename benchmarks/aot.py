@@ -35,7 +35,7 @@ from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
 from lin_jax.ops.linear_attention.tpu.blocks import make_plan
 from lin_jax.plan import target as targets
 from lin_jax.train import sharding
-from lin_jax.train.loop import abstract_batch, make_parts, make_step
+from lin_jax.train.parts import abstract_batch, make_parts, make_step
 from lin_jax.train.state import abstract_state
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

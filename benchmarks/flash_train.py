@@ -22,13 +22,14 @@ import optax
 
 from benchmarks import common
 from lin_jax.convert.flash import to_official
-from lin_jax.experiment import AttentionConfig, FlashConfig, MeshConfig, OptimizerConfig, TrainConfig
+from lin_jax.experiment import AttentionConfig, Config, FlashConfig, MeshConfig, OptimizerConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import Structure, make_structure
+from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
-from lin_jax.train.step import LossSettings, language_model_loss, make_train_step
+from lin_jax.train.step import make_train_step
 
 TOLERANCE = 1e-4
 LEARNING_RATE = 1e-4
@@ -69,10 +70,10 @@ def make_program(options: argparse.Namespace) -> Program:
     optimizer = make_optimizer(settings, steps=1, decay=True)
     mesh = make_partition(MeshConfig(), jax.devices()[:1])
     shardings = state_shardings(structure, optimizer, mesh)
-    loss_settings = LossSettings(loss_chunk=TrainConfig().loss_chunk, z_loss=0.0, use_segments=False)
-    loss = language_model_loss(structure, loss_settings, mesh)
+    task = LanguageModelling(Config(model=config))  # On one device the sizes of a batch do not matter.
+    loss, of_batch = task.loss(structure, mesh), batch_shardings(mesh, task.batch_fields())
     schedule = learning_rate_schedule(settings, steps=1)
-    step = make_train_step(loss, optimizer, schedule, 1, shardings, mesh)
+    step = make_train_step(loss, optimizer, schedule, 1, shardings, of_batch, mesh)
     return Program(structure, optimizer, shardings, step)
 
 

@@ -21,7 +21,7 @@ from lin_jax.experiment import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.train.loop import make_parts, make_step
+from lin_jax.train.parts import make_parts, make_step
 from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import initial_state
 

@@ -31,9 +31,8 @@ from lin_jax.experiment import (
 )
 from lin_jax.train import sharding
 from lin_jax.train.collectives import find_collectives, sent_bytes
-from lin_jax.train.loop import Parts, abstract_batch, make_parts, make_step
+from lin_jax.train.parts import Parts, abstract_batch, make_parts, make_step
 from lin_jax.train.state import TrainState, abstract_state, initial_state
-from lin_jax.train.step import language_model_loss
 
 VOCABULARY = 64
 MESHES = {
@@ -123,7 +122,7 @@ def follow(
 def first_gradient(model: ModelConfig, mesh: MeshConfig, devices: int) -> tuple[float, Any]:
     """The loss of a batch and its gradient, without an optimizer."""
     parts = parts_of(model, mesh, devices, 8, 64, segments=True)
-    loss = language_model_loss(parts.structure, parts.loss_settings, parts.partition)
+    loss = parts.task.loss(parts.structure, parts.partition)
 
     def mean(parameters: Any, constants: Any, batch: Any) -> jax.Array:
         sums = loss(parameters, {}, constants, batch)

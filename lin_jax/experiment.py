@@ -27,6 +27,7 @@ from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
 from lin_jax.settings.typed import Settings
+from lin_jax.tasks.registry import task_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,7 @@ class Config(Settings):
             self.data.tokenizer != "checkpoint" or bool(self.finetune.checkpoint),
             "data.tokenizer=checkpoint needs finetune.checkpoint",
         )
-        if self.finetune.objective == "attention_transfer":
-            kind = self.model.attention.kind
-            require(
-                isinstance(self.model, TransformerConfig) and kind != "softmax",
-                f"finetune.objective=attention_transfer is for linearized LLaMA and GPT-2, not for "
-                f"{self.model.architecture} with model.attention.kind={kind}",
-            )
+        task_of(self).check()
         require(
             not isinstance(self.model, Gpt2Config) or self.data.sequence_length <= self.model.positions,
             f"data.sequence_length={self.data.sequence_length} is more than the model's "

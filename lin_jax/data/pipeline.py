@@ -12,7 +12,7 @@ depend on the lengths of documents on each host.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -34,10 +34,18 @@ BYTES_MEASURED = 1 << 23
 _VALIDATION_SEED = 0
 
 Batch = dict[str, np.ndarray]
+MakeRows = Callable[[grain.IterDataset], grain.IterDataset]
+
+
+def _as_they_are(rows: grain.IterDataset) -> grain.IterDataset:
+    return rows
 
 
 def training_batches(
-    config: DataConfig, tokenizer: Tokenizer, rows: Sequence[int] | np.ndarray | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[int] | np.ndarray | None = None,
+    make_rows: MakeRows = _as_they_are,
 ) -> grain.DatasetIterator:
     """Rows of an endless sequence of batches, in another order in each epoch.
 
@@ -45,6 +53,7 @@ def training_batches(
         config: the data.
         tokenizer: makes tokens of it.
         rows: the rows of each batch that this host wants, by number; None for all.
+        make_rows: what is batched, of rows as below.
 
     Each batch is a dict of arrays [len(rows), T]:
 
@@ -61,11 +70,15 @@ def training_batches(
     """
     source = open_source(config, "train")
     pieces = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    return _batches(_rows(_pairs(pieces, source, tokenizer), config, config.seed, _window(config)), config, rows)
+    text_rows = _rows(_pairs(pieces, source, tokenizer), config, config.seed, _window(config))
+    return batch_rows(make_rows(text_rows), config.batch_size, rows)
 
 
 def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, rows: Sequence[int] | np.ndarray | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[int] | np.ndarray | None = None,
+    make_rows: MakeRows = _as_they_are,
 ) -> grain.DatasetIterator:
     """Rows of the batches of the validation split, each of its tokens once; see `training_batches`.
 
@@ -75,7 +88,8 @@ def validation_batches(
     source = open_source(config, "validation")
     pieces = grain.MapDataset.range(len(source)).shuffle(seed=_VALIDATION_SEED)
     window = min(_window(config), VALIDATION_WINDOW_BATCHES * config.batch_size)
-    return _batches(_rows(_pairs(pieces, source, tokenizer), config, _VALIDATION_SEED, window), config, rows)
+    text_rows = _rows(_pairs(pieces, source, tokenizer), config, _VALIDATION_SEED, window)
+    return batch_rows(make_rows(text_rows), config.batch_size, rows)
 
 
 def validation_bytes_per_token(config: DataConfig, tokenizer: Tokenizer) -> float:
@@ -142,11 +156,18 @@ def _plain_row(packed: Batch) -> Batch:
     return {**row, "segment_ids": (row["segment_ids"] > 0).astype(np.int32)}
 
 
-def _batches(
-    rows: grain.IterDataset, config: DataConfig, own: Sequence[int] | np.ndarray | None
+def batch_rows(
+    rows: grain.IterDataset, batch_size: int, own: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    numbers = range(config.batch_size) if own is None else own
-    batches = rows.batch(config.batch_size, batch_fn=lambda batch: _stack(batch, numbers))
+    """Return the batches of rows, which are dictionaries of arrays.
+
+    Args:
+        rows: all rows, in their order.
+        batch_size: rows of a batch; a last one that is not full is filled up with zeros.
+        own: the rows of each batch that this host wants, by number; None for all.
+    """
+    numbers = range(batch_size) if own is None else own
+    batches = rows.batch(batch_size, batch_fn=lambda batch: _stack(batch, numbers))
     return iter(experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
 
 

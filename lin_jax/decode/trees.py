@@ -44,10 +44,9 @@ def _checked(paths: Any) -> list[list[int]]:
     return paths
 
 
-def write_tree(file: Path, paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> None:
-    """Write a tree for `find_tree`, with the accuracies it was chosen from."""
-    values = {"paths": [list(path) for path in paths], "accuracy": [list(row) for row in accuracy]}
-    file.write_text(json.dumps(values) + "\n", encoding="utf-8")
+def tree_to_json(paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> str:
+    """Return the text of a file for `find_tree`: a tree, with the accuracies it was chosen from."""
+    return json.dumps({"paths": [list(path) for path in paths], "accuracy": [list(row) for row in accuracy]}) + "\n"
 
 
 def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[TreePath]:

@@ -10,9 +10,8 @@ from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.models.gpt2_settings import Gpt2Config
 from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.models.settings import ModelConfig
-from lin_jax.settings.finetune import FinetuneConfig
-
-Path = tuple[str, ...]
+from lin_jax.models.structure import Path
+from lin_jax.settings.finetune import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +69,28 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 def training_flops(
     config: ModelConfig,
     sequence_length: int,
-    finetune: FinetuneConfig | None = None,
+    lora: LoraConfig | None = None,
     trains: Callable[[Path], bool] = lambda path: True,
     *,
     tiled: bool = False,
 ) -> Flops:
-    """Operations for one token of a training step.
+    """Return the operations for one token of a training step that learns to predict the next token.
 
     Args:
         config: the model.
         sequence_length: tokens in a row.
-        finetune: adapters, heads and the objective; None is plain training.
+        lora: adapters; None: there are none.
         trains: whether the parameter at a path trains.
         tiled: whether softmax attention leaves out the masked half of its scores.
     """
-    finetune = finetune or FinetuneConfig()
-    if finetune.objective == "attention_transfer":
-        return _transfer_flops(config, sequence_length, finetune, trains, tiled)
-    reaches_layers = bool(finetune.lora.rank) or any(map(trains, _of_layers(config)))
-    flops = _layer_flops(config, sequence_length, finetune, trains, reaches_layers, tiled)
-    if finetune.objective == "medusa":
-        flops += _medusa_flops(config, finetune, reaches_layers)
-    if finetune.objective == "language_model" or finetune.trains_model:
-        flops += _head_flops(config, trains, reaches_layers)
-    return flops
+    lora = lora or LoraConfig()
+    layers = layer_flops(config, sequence_length, lora, trains, tiled=tiled)
+    return layers + head_flops(config, trains, reaches_layers(config, lora, trains))
+
+
+def reaches_layers(config: ModelConfig, lora: LoraConfig, trains: Callable[[Path], bool]) -> bool:
+    """Return whether gradients go back into the layers: something trains in them or before them."""
+    return bool(lora.rank) or any(map(trains, _of_layers(config)))
 
 
 def _of_layers(config: ModelConfig) -> list[Path]:
@@ -102,63 +99,38 @@ def _of_layers(config: ModelConfig) -> list[Path]:
     return [*(matrix.path for matrix in matrices(config)), *others]
 
 
-def _layer_flops(
-    config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool], reached: bool, tiled: bool
-) -> Flops:
-    """All layers. They are one scan, whose backward pass is the same for all: none, or through every input."""
-    mixing, own = _mixing(config, T, tiled), matrices(config)
+def layer_flops(config: ModelConfig, T: int, lora: LoraConfig, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:
+    """Return the operations of all layers; see `training_flops`.
+
+    They are one scan, whose backward pass is the same for all: none, or through every input.
+    """
+    mixing, own = mixing_flops(config, T, tiled), matrices(config)
     forward = sum(matrix.flops for matrix in own) + mixing
-    adapters = _adapter_flops(own, finetune)
-    if not reached:
+    adapters = adapter_flops(own, lora)
+    if not reaches_layers(config, lora, trains):
         return Flops(forward, 0, 0)
     # Nothing reads the last product of a layer again: it ends in a sum.
     again = {"none": 0, "full": forward + adapters - own[-1].flops, "dots": mixing}
     backward = forward + mixing + sum(matrix.flops for matrix in own if trains(matrix.path)) + 2 * adapters
-    return Flops(forward + adapters, backward, again[config.remat] + _chunks(config, T))
+    return Flops(forward + adapters, backward, again[config.remat] + chunk_flops(config, T))
 
 
-def _adapter_flops(own: Sequence[Matrix], finetune: FinetuneConfig) -> int:
-    targets = [matrix for matrix in own if matrix.path[-2] in finetune.lora.targets]
-    return sum(2 * finetune.lora.rank * (m.inputs + m.outputs) * m.layers for m in targets)
+def adapter_flops(own: Sequence[Matrix], lora: LoraConfig) -> int:
+    """Return the forward operations of the adapters of some matrices."""
+    targets = [matrix for matrix in own if matrix.path[-2] in lora.targets]
+    return sum(2 * lora.rank * (m.inputs + m.outputs) * m.layers for m in targets)
 
 
-def _head_flops(config: ModelConfig, trains: Callable[[Path], bool], reached: bool) -> Flops:
-    """The head. Logits are never kept: the backward pass computes them again."""
+def head_flops(config: ModelConfig, trains: Callable[[Path], bool], reached: bool) -> Flops:
+    """Return the operations of the head; `reached`: whether gradients go on into the layers.
+
+    Logits are never kept: the backward pass computes them again.
+    """
     tied = isinstance(config, LlamaConfig | Gpt2Config) and config.tie_embeddings
     path = ("embedding",) if tied else ("logits", "kernel")
     forward = 2 * config.width * config.vocabulary_size
     times = (reached or trains(("norm", "weight"))) + trains(path)
     return Flops(forward, times * forward, forward if times else 0)
-
-
-def _medusa_flops(config: ModelConfig, finetune: FinetuneConfig, reached: bool) -> Flops:
-    """Medusa heads; what they read needs gradients only if the model trains with them."""
-    C, medusa = config.width, finetune.medusa
-    block, logits = 2 * C * C, 2 * C * config.vocabulary_size
-    forward = medusa.layers * block + logits
-    unneeded = 0 if reached else (block if medusa.layers else logits)
-    return Flops(medusa.heads * forward, medusa.heads * (2 * forward - unneeded), medusa.heads * forward)
-
-
-def _transfer_flops(
-    config: ModelConfig, T: int, finetune: FinetuneConfig, trains: Callable[[Path], bool], tiled: bool
-) -> Flops:
-    """The teacher's forward pass, and beside it every linearized attention, whose gradients end at its inputs."""
-    own = matrices(config)
-    projections = [m for m in own if m.path[-2] not in ("gate", "up", "down")]
-    adapters = _adapter_flops(projections, finetune)
-    mixing = _mixing(config, T, tiled)
-    teacher = sum(m.flops for m in own) + _mixing(_all_softmax(config), T, tiled)
-    student = sum(m.flops for m in projections) + mixing + adapters
-    output = sum(m.flops for m in projections if m.path[-2] == "output")
-    learned = sum(m.flops for m in projections if trains(m.path))
-    backward = output + learned + 2 * adapters + 2 * mixing
-    again = {"none": 0, "full": teacher + student, "dots": mixing}[config.remat]
-    return Flops(teacher + student, backward, again + _chunks(config, T))
-
-
-def _all_softmax(config: ModelConfig) -> Any:
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, kind="softmax"))
 
 
 def matrices(config: ModelConfig) -> list[Matrix]:
@@ -194,26 +166,26 @@ _MATRICES: dict[type, Callable[[Any], list[Matrix]]] = {
 }
 
 
-def _mixing(config: ModelConfig, T: int, tiled: bool = False) -> int:
-    """Forward operations of the attentions of all layers, without their projections, for one token."""
+def mixing_flops(config: ModelConfig, T: int, tiled: bool = False) -> int:
+    """Return the forward operations of the attentions of all layers, without their projections, for one token."""
     if isinstance(config, FlashConfig):
         return config.depth * _attention_flops(config, T)
     keys = config.key_value_heads if isinstance(config, LlamaConfig) else config.heads
     kinds = layer_kinds(config.attention, config.depth)
-    whole = [_mixing_flops(config.attention, kind, config.heads, keys, config.head_size, T) for kind in kinds]
+    whole = [_kind_flops(config.attention, kind, config.heads, keys, config.head_size, T) for kind in kinds]
     return sum(flops // 2 if tiled and kind == "softmax" else flops for flops, kind in zip(whole, kinds, strict=True))
 
 
-def _chunks(config: ModelConfig, T: int) -> int:
-    """Forward operations of augmented attentions, which keep no weights of their chunks for the backward pass."""
+def chunk_flops(config: ModelConfig, T: int) -> int:
+    """Return the forward operations of augmented attentions, which keep no weights of chunks for the backward pass."""
     if config.attention.kind != "augmented":
         return 0
     softmax = 0 if isinstance(config, FlashConfig) else len(set(config.attention.softmax_layers))
     augmented = dataclasses.replace(config.attention, softmax_layers=())
-    return _mixing(dataclasses.replace(config, attention=augmented), T) * (config.depth - softmax) // config.depth
+    return mixing_flops(dataclasses.replace(config, attention=augmented), T) * (config.depth - softmax) // config.depth
 
 
-def _mixing_flops(attention: AttentionConfig, kind: str, H: int, K: int, D: int, T: int) -> int:
+def _kind_flops(attention: AttentionConfig, kind: str, H: int, K: int, D: int, T: int) -> int:
     """Forward operations of one layer's `Mixing` for one token: scores and values, and the grouped branch's state."""
     if kind == "softmax":
         return 4 * T * H * D

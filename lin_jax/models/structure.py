@@ -5,7 +5,7 @@ whole module at every call.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lin_jax.layers.partition import Partition
 
 Create = Callable[[nnx.Rngs], nnx.Module]
 Path = tuple[str, ...]
+Start = Callable[[nnx.Module, Iterable[str]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Structure:
         trains: whether the parameter at a path is trained.
         frozen_dtype: type in which the others are held.
         keeps_start: whether `frozen` holds all parameters, the trained ones as they were at the start.
+        start: sets what is new in a model whose other parameters, those of the given paths, are in place.
     """
 
     create: Create
@@ -38,6 +40,7 @@ class Structure:
     trains: Callable[[Path], bool]
     frozen_dtype: str
     keeps_start: bool
+    start: Start
 
     def split(self, parameters: Any) -> tuple[Any, Any]:
         """A tree with a leaf a parameter as (trained, frozen)."""
@@ -65,8 +68,14 @@ class Structure:
             states.append(state)
         return nnx.merge(self.graph, *states)
 
+    def complete(self, parameters: Any, constants: Any, known: Iterable[str]) -> Any:
+        """Return all parameters, of which those that are not `known` are new, as `start` sets them."""
+        model = self.merge(parameters, constants)
+        self.start(model, known)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
     def initialise(self, seed: jax.Array) -> tuple[Any, Any]:
-        """Parameters and constants of a new model."""
+        """Return parameters and constants of a new model."""
         _, parameters, constants = nnx.split(self.create(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
         return _strong(nnx.to_pure_dict(parameters)), _strong(nnx.to_pure_dict(constants))
 
@@ -106,13 +115,18 @@ def _strong(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), tree)
 
 
+def _leave(model: nnx.Module, known: Iterable[str]) -> None:
+    """Nothing is new."""
+
+
 def make_structure(
     create: Create,
     trains: Callable[[Path], bool] = lambda path: True,
     *,
     frozen_dtype: str = "float32",
     keeps_start: bool = False,
+    start: Start = _leave,
 ) -> Structure:
     """The structure of the model that `create` makes, without computing its parameters; see `Structure`."""
     graph, parameters, constants = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
-    return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start)
+    return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start, start)

@@ -12,7 +12,7 @@ import jax
 from lin_jax.experiment import Config
 from lin_jax.train import sharding
 from lin_jax.train.collectives import Collective, find_collectives
-from lin_jax.train.loop import Parts, abstract_batch, make_parts, make_step
+from lin_jax.train.parts import Parts, abstract_batch, make_parts, make_step
 from lin_jax.train.state import TrainState, abstract_state
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -4,6 +4,8 @@ Every layer's attention reads what the softmax model computes up to that layer, 
 from each other, in one forward pass for both models (Zhang et al., LoLCATs, 2024, first stage).
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,34 +15,73 @@ from jaxtyping import Array, Float
 from lin_jax.attentions.mixing import layer_kinds
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers
-from lin_jax.models.structure import Structure
+from lin_jax.models.flops import Flops, adapter_flops, chunk_flops, matrices, mixing_flops
+from lin_jax.models.settings import TransformerConfig
+from lin_jax.models.structure import Path, Structure
+from lin_jax.settings.base import require
+from lin_jax.tasks.base import Batch, Loss
+from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums
-from lin_jax.train.step import Batch, Loss, LossSettings
 
 
-def transfer_loss(structure: Structure, settings: LossSettings, partition: Partition) -> Loss:
+class AttentionTransfer(LanguageModelling):
     """The squared error of the attentions' outputs, averaged over channels and linearized layers.
 
-    `structure` keeps all parameters as they were at the start (`keeps_start`): they are the teacher, called with
-    softmax attention.
+    The parameters as they were at the start are the teacher, called with softmax attention. Measured as a language
+    model.
     """
 
-    def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        student = structure.model(trained, frozen, constants, partition)
-        teacher = structure.model({}, frozen, constants, partition)
-        segment_ids_BT = batch["segment_ids"] if settings.use_segments else None
-        error_BT = attention_errors(student, teacher, batch["tokens"], segment_ids_BT, partition)
-        error_BT = partition.constrain(error_BT, "batch", "tokens")
-        error, weight = jnp.sum(error_BT * batch["weights"]), jnp.sum(batch["weights"])
-        return LossSums(error, error, weight)
+    keeps_start = True
+    needs_base = True
 
-    return loss
+    def check(self) -> None:
+        """Raise `ConfigError` for models that have no linearized attention, or where more than attention trains."""
+        super().check()
+        model, train = self.config.model, self.config.finetune.train
+        require(
+            isinstance(model, TransformerConfig) and model.attention.kind != "softmax",
+            "finetune.objective=attention_transfer is for linearized LLaMA and GPT-2, not for "
+            f"{model.architecture} with model.attention.kind={model.attention.kind}",
+        )
+        require(
+            set(train) <= {"new", "attention"},
+            f"finetune.train={','.join(train)} does not suit objective=attention_transfer, in which only attention "
+            "learns: give new, attention or both",
+        )
+
+    def loss(self, structure: Structure, partition: Partition) -> Loss:
+        """Return the squared error; `structure` keeps the start."""
+
+        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
+            student = structure.model(trained, frozen, constants, partition)
+            teacher = structure.model({}, frozen, constants, partition)
+            error_BT = attention_errors(student, teacher, batch["tokens"], self.segment_ids(batch), partition)
+            error_BT = partition.constrain(error_BT, "batch", "tokens")
+            error, weight = jnp.sum(error_BT * batch["weights"]), jnp.sum(batch["weights"])
+            return LossSums(error, error, weight)
+
+        return loss
+
+    def flops(self, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:
+        """Return the teacher's forward pass, and every linearized attention, whose gradients end at its inputs."""
+        model, T = self.config.model, self.config.data.sequence_length
+        own = matrices(model)
+        projections = [m for m in own if m.path[-2] not in ("gate", "up", "down")]
+        adapters = adapter_flops(projections, self.config.finetune.lora)
+        mixing = mixing_flops(model, T, tiled)
+        teacher = sum(m.flops for m in own) + mixing_flops(_all_softmax(model), T, tiled)
+        student = sum(m.flops for m in projections) + mixing + adapters
+        output = sum(m.flops for m in projections if m.path[-2] == "output")
+        learned = sum(m.flops for m in projections if trains(m.path))
+        backward = output + learned + 2 * adapters + 2 * mixing
+        again = {"none": 0, "full": teacher + student, "dots": mixing}[model.remat]
+        return Flops(teacher + student, backward, again + chunk_flops(model, T))
 
 
 def attention_errors(
     student: Any, teacher: Any, tokens_BT: Array, segment_ids_BT: Array | None, partition: Partition = WHOLE
 ) -> Float[Array, "B T"]:
-    """The mean square of the difference of the two models' attentions, over channels and linearized layers."""
+    """Return the mean square of the difference of two models' attentions, over channels and linearized layers."""
     config = student.config
     kinds = layer_kinds(config.attention, config.depth)
     x_BTC, *shared = teacher.begin(tokens_BT, segment_ids_BT, partition)
@@ -56,10 +97,14 @@ class _Pair(nnx.Module):
         self.student, self.teacher = student, teacher
 
     def __call__(self, carry: tuple[Array, Array], *arguments: Any) -> tuple[Array, Array]:
-        """The teacher's next features, and the errors so far with this layer's."""
+        """Return the teacher's next features, and the errors so far with this layer's."""
         (x_BTC, error_BT), (*shared, kind) = carry, arguments
         target_BTC = self.teacher.attend(x_BTC, *shared, "softmax")
         if kind != "softmax":
             difference_BTC = self.student.attend(x_BTC, *shared, kind) - target_BTC
             error_BT += jnp.mean(jnp.square(difference_BTC.astype(jnp.float32)), axis=-1)
         return self.teacher.feed(x_BTC + target_BTC), error_BT
+
+
+def _all_softmax(config: Any) -> Any:
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, kind="softmax"))

@@ -6,13 +6,12 @@ from typing import Any
 from etils import epath
 
 from lin_jax.experiment import Config
-from lin_jax.layers.lora import ADAPTER
-from lin_jax.models.medusa import HEADS
 from lin_jax.paths import check_remote
 from lin_jax.settings.base import require
 from lin_jax.settings.command_line import config_to_dict
+from lin_jax.settings.finetune import FinetuneConfig
+from lin_jax.tasks.registry import task_of
 from lin_jax.train.checksums import checksums
-from lin_jax.train.trainable import NEW
 
 # Settings of a model that may differ from those of the model it starts from; the rest says what its parameters are.
 _FREE_OF_BASE = ("attention", "dtype", "remat", "rope", "positions", "padding", "score_scale")
@@ -28,12 +27,6 @@ def check_base(path: str) -> None:
     require(not plain, f"finetune.checkpoint: {path} is not a run of lin_jax; convert it first: {convert}")
 
 
-def is_new(name: str) -> bool:
-    """Whether a parameter is one of linearized attention, of an adapter or of Medusa heads."""
-    parts = name.split(".")
-    return parts[-1] in NEW or ADAPTER in parts or parts[0] == HEADS
-
-
 def require_same_model(base: Config, config: Config) -> None:
     """Raise `ConfigError` naming the first setting of the model that another attention does not explain."""
     old, new = config_to_dict(base.model), config_to_dict(config.model)
@@ -43,18 +36,18 @@ def require_same_model(base: Config, config: Config) -> None:
             f"config.model.{name} is {value}, but the model in finetune.checkpoint={config.finetune.checkpoint} has "
             f"{old.get(name)}",
         )
-    if config.finetune.objective == "medusa":
-        _require_same_attention(old["attention"], new["attention"], config.finetune.checkpoint)
+    if task_of(config).keeps_attention:
+        _require_same_attention(old["attention"], new["attention"], config.finetune)
 
 
-def _require_same_attention(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
-    """Raise `ConfigError` where heads would learn from features that the model does not have."""
+def _require_same_attention(old: Mapping[str, Any], new: Mapping[str, Any], finetune: FinetuneConfig) -> None:
+    """Raise `ConfigError` where a task would learn from features that the model does not have."""
     # Softmax attention has no settings of its own.
     for name, value in ({"kind": "softmax"} if new["kind"] == "softmax" else new).items():
         require(
             name == "implementation" or old.get(name) == value,
-            f"config.model.attention.{name} is {value}, but the model in finetune.checkpoint={path} has "
-            f"{old.get(name)}, which objective=medusa must not change",
+            f"config.model.attention.{name} is {value}, but the model in finetune.checkpoint={finetune.checkpoint} has "
+            f"{old.get(name)}, which objective={finetune.objective} must not change",
         )
 
 

@@ -20,6 +20,7 @@ from lin_jax.experiment import Config
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.checkpoint import CheckpointConfig
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.distributed import lost_another, wait_for_all
@@ -44,7 +45,6 @@ FREE_SETTINGS = (
     "model.dtype",
     "model.remat",
     "model.attention.implementation",
-    "finetune.medusa.tree_nodes",
     "finetune.checkpoint",  # It may be moved; what is frozen must have the same checksums.
     "train.steps",
     "train.microbatches",
@@ -346,9 +346,10 @@ def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
     """Raise `ConfigError` naming the first setting that a resumed run must not change."""
     # Settings that are newer than the checkpoint had their defaults then.
     old_values = _flatten(config_to_dict(config_from_dict(dict(saved))))
+    free_settings = (*FREE_SETTINGS, *task_of(config).free_settings)
     for name, value in _flatten(config_to_dict(config)).items():
         old = old_values.get(name)
-        free = any(name == setting or name.startswith(setting + ".") for setting in FREE_SETTINGS)
+        free = any(name == setting or name.startswith(setting + ".") for setting in free_settings)
         require(
             free or old == value,
             f"config.{name} is {value}, but the checkpoints in {checkpoints_directory(config.workdir)} were made with "

@@ -2,49 +2,33 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from etils import epath
-from jax.sharding import Mesh
 
-from lin_jax.data.checks import check_data, check_vocabulary
-from lin_jax.data.pipeline import training_batches, validation_batches, validation_bytes_per_token
-from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
+from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.experiment import Config
-from lin_jax.layers.partition import Partition
 from lin_jax.models.structure import Structure
-from lin_jax.paths import LocalFiles, absolute, check_remote
-from lin_jax.settings.base import ConfigError, first_line, require
-from lin_jax.tasks.medusa import describe_heads, head_values, medusa_evaluation, medusa_loss, write_best_tree
-from lin_jax.tasks.transfer import transfer_loss
+from lin_jax.paths import LocalFiles
+from lin_jax.settings.base import first_line, require
+from lin_jax.tasks.base import ResultFile
 from lin_jax.train import checkpoint, sharding, workdir
-from lin_jax.train.base import check_base
-from lin_jax.train.distributed import agree_on, any_process, only_first, require_shared, settled
-from lin_jax.train.feed import Feed
+from lin_jax.train.distributed import any_process, only_first, settled
 from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
-from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.record import RECORD, write_run_record
-from lin_jax.train.saved_model import load_base
-from lin_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
-from lin_jax.train.step import LossSettings, language_model_loss, make_evaluation_step, make_train_step
+from lin_jax.train.parts import Parts, abstract_batch, make_parts, make_step
+from lin_jax.train.record import RECORD
+from lin_jax.train.start import Ready, new_state, open_workdir, prepare, with_absolute_base
+from lin_jax.train.state import TrainState, abstract_state
 from lin_jax.train.stop import StopRequest
 from lin_jax.train.trainable import step_flops, structure_of
+from lin_jax.train.validation import Evaluator
 
 Report = Callable[[str], None]
 
-_BATCH_TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
-# What is learned, by `finetune.objective`.
-_LOSSES = {"language_model": language_model_loss, "attention_transfer": transfer_loss, "medusa": medusa_loss}
 # A trace of these steps after a start: compilation is over, and the file stays small.
 _PROFILED_STEPS = (3, 6)
 
@@ -53,82 +37,17 @@ _PROFILED_STEPS = (3, 6)
 class Result:
     """How a run ended.
 
-    `validation` holds validation_loss (nats per token), perplexity and bits_per_byte; None if it was interrupted.
+    Attributes:
+        step: the last one.
+        interrupted: whether it can go on.
+        validation: the last measures by name; None if it was interrupted.
+        described: a line about them.
     """
 
     step: int
     interrupted: bool
     validation: Mapping[str, float] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What is computed in a run, without its numbers."""
-
-    config: Config
-    partition: Partition
-    structure: Structure
-    optimizer: optax.GradientTransformation
-    shardings: TrainState
-
-    @property
-    def feed(self) -> Feed:
-        """What this process reads of a batch."""
-        return Feed(sharding.batch_sharding(self.partition), self.config.data.batch_size)
-
-    @property
-    def mesh(self) -> Mesh:
-        """The devices."""
-        assert self.partition.mesh is not None
-        return self.partition.mesh
-
-    @property
-    def loss_settings(self) -> LossSettings:
-        """How a batch becomes a loss."""
-        config, finetune = self.config, self.config.finetune
-        return LossSettings(
-            config.train.loss_chunk,
-            config.optimizer.z_loss,
-            use_segments=config.data.packing == "segments",
-            heads_weight=finetune.medusa.weight if finetune.trains_model else None,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ready:
-    """What was found before anything is computed: `text` is the fingerprint of the training text."""
-
-    resumes: bool
-    tokenizer: Tokenizer
-    text: str
-
-
-def make_parts(config: Config, partition: Partition) -> Parts:
-    """The parts of a run on the devices of `partition`."""
-    structure = structure_of(config)
-    decay, _ = structure.split(structure.metadata("decay"))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, decay)
-    return Parts(config, partition, structure, optimizer, state_shardings(structure, optimizer, partition))
-
-
-def make_step(parts: Parts) -> Any:
-    """The jitted update of a run."""
-    config = parts.config
-    return make_train_step(
-        _LOSSES[config.finetune.objective](parts.structure, parts.loss_settings, parts.partition),
-        parts.optimizer,
-        learning_rate_schedule(config.optimizer, config.train.steps),
-        config.train.microbatches,
-        parts.shardings,
-        parts.partition,
-    )
-
-
-def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of what `make_step` reads."""
-    data, cut = parts.config.data, sharding.batch_sharding(parts.partition)
-    shape = (data.batch_size, data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=cut) for name, kind in _BATCH_TYPES.items()}
+    described: str
 
 
 def train(config: Config, report: Report = print, stop: StopRequest | None = None) -> Result:
@@ -144,13 +63,13 @@ def train(config: Config, report: Report = print, stop: StopRequest | None = Non
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
-    config, report = _with_absolute_base(config), only_first(report)
+    config, report = with_absolute_base(config), only_first(report)
     partition = sharding.make_partition(config.mesh)
     with contextlib.closing(workdir.RunLock(config.workdir)) as lock:
         lock.take()
-        ready = _prepare(config, partition)
+        ready = prepare(config, partition)
         parts = make_parts(config, partition)
-        with contextlib.closing(training_batches(config.data, ready.tokenizer, parts.feed.own)) as iterator:
+        with contextlib.closing(parts.task.training_batches(ready.tokenizer, parts.feed.own)) as iterator:
             return _train(parts, ready, iterator, lock, report, stop or StopRequest())
 
 
@@ -162,20 +81,12 @@ def show_sharding(config: Config) -> str:
     return sharding.show_sharding(partition, shapes, structure.parameter_shardings(partition))
 
 
-def _with_absolute_base(config: Config) -> Config:
-    """The settings that are saved must name the model it started from wherever they are read."""
-    if not config.finetune.checkpoint:
-        return config
-    path = absolute(config.finetune.checkpoint)
-    return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
-
-
 def _train(
-    parts: Parts, ready: _Ready, iterator: Any, lock: workdir.RunLock, report: Report, stop: StopRequest
+    parts: Parts, ready: Ready, iterator: Any, lock: workdir.RunLock, report: Report, stop: StopRequest
 ) -> Result:
     config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    start = _new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
+    start = new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
     frozen = start.frozen if start is not None else {}
     kept = workdir.tokenizer_fingerprint(config.workdir)
     fingerprints = checkpoint.Fingerprints(ready.text, kept)
@@ -189,13 +100,14 @@ def _train(
         "that, or choose another --config.workdir",
     )
     files = LocalFiles(config.workdir, (METRICS, RECORD) if jax.process_index() == 0 else ())
-    _open_workdir(parts, None if ready.resumes else tokenizer, files, step, lock)
+    open_workdir(parts, None if ready.resumes else tokenizer, files, step, lock)
     fingerprints = checkpoint.Fingerprints(ready.text, workdir.tokenizer_fingerprint(config.workdir))
     log = MetricsLog(
         files.directory,
         step,
         config.train.steps,
         float(step_flops(config).needed),
+        parts.task.best_by,
         report,
         restored.metrics,
     )
@@ -205,70 +117,6 @@ def _train(
     finally:
         saver.close()
         log.close()
-
-
-def _prepare(config: Config, partition: Partition) -> _Ready:
-    """Check everything that can be checked without computing, in the order of what it costs."""
-    check_remote(config.workdir, "config.workdir")
-    sharding.check_fit(config, partition)
-    resumes = checkpoint.has_checkpoint(config)
-    tokenizer = _tokenizer(config, resumes)
-    text = check_data(config.data, config.model.vocabulary_size, tokenizer)
-    require(text == agree_on(text), "the training text is not the same as that of process 0: give all hosts the same")
-    require_shared(config.workdir, "config.workdir")
-    return _Ready(resumes, tokenizer, text)
-
-
-def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
-    """The tokenizer of the run that goes on; of a new one, what the settings say."""
-    if resumes:
-        return restore_tokenizer(workdir.tokenizer_directory(config.workdir))
-    if config.data.tokenizer == "checkpoint":
-        check_base(config.finetune.checkpoint)
-        return restore_tokenizer(workdir.base_tokenizer_directory(config))
-    check_vocabulary(config.data, config.model.vocabulary_size)
-    if config.data.tokenizer != "train":
-        return load_tokenizer(config.data, config.workdir)
-    return _learn_tokenizer(config)
-
-
-def _learn_tokenizer(config: Config) -> Tokenizer:
-    """A tokenizer that process 0 learns, in a directory of its own: nothing is sure yet."""
-    with tempfile.TemporaryDirectory() as directory:
-        if jax.process_index() == 0:
-            load_tokenizer(config.data, directory)
-        for name, text in agree_on(
-            {file.name: file.read_text(encoding="utf-8") for file in Path(directory).iterdir()}
-        ).items():
-            Path(directory, name).write_text(text, encoding="utf-8")
-        return restore_tokenizer(directory)
-
-
-def _new_state(parts: Parts) -> TrainState:
-    """The state before the first step, made in place on the devices."""
-    config, structure = parts.config, parts.structure
-    known = load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
-    initialise = jax.jit(
-        lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
-    )
-    return settled(initialise(jnp.uint32(config.train.seed), known))
-
-
-def _open_workdir(parts: Parts, new: Tokenizer | None, files: LocalFiles, step: int, lock: workdir.RunLock) -> None:
-    """Write down what the run is: its settings, and its tokenizer if that is new."""
-    if jax.process_index() != 0:
-        return
-    shapes, _ = jax.eval_shape(parts.structure.initialise, jnp.uint32(0))
-    count = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
-    try:
-        epath.Path(parts.config.workdir).mkdir(parents=True, exist_ok=True)
-        lock.take()
-        if new is not None:
-            new.save(workdir.tokenizer_directory(parts.config.workdir))
-            workdir.keep_tokenizer_files(parts.config)
-        write_run_record(files.directory, parts.config, step, count)
-    except OSError as error:
-        raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
 
 
 def _count_parameters(structure: Structure) -> str:
@@ -291,11 +139,9 @@ class _Run:
         saver: checkpoint.Checkpoints,
         stop: StopRequest,
     ):
-        self._parts, self._tokenizer, self._log, self._saver, self._stop = parts, tokenizer, log, saver, stop
+        self._parts, self._log, self._saver, self._stop = parts, log, saver, stop
         self._train, self._files = parts.config.train, files
-        self._feed = parts.feed
-        self._evaluate_batch: Any = None
-        self._bytes_per_token: float | None = None
+        self._evaluator = Evaluator(parts, tokenizer)
         self._tracing = False
 
     def run(self, state: TrainState, start: int, iterator: Iterator) -> Result:
@@ -314,7 +160,7 @@ class _Run:
         steps = self._train.steps
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
-            state, metrics = settled(update(state, self._to_devices(next(iterator))))
+            state, metrics = settled(update(state, self._parts.feed(next(iterator))))
             self._log.add(step, metrics)
             if self._is_told_to_stop(step):
                 self._save(step, state, iterator)
@@ -323,7 +169,7 @@ class _Run:
         self._stop_profile()
         validation = self._validate(steps, state)
         self._save(steps, state, iterator)
-        return self._finish(steps, interrupted=False, validation=validation)
+        return self._finish(steps, interrupted=False, validation=validation, state=state)
 
     def _after(self, step: int, state: TrainState, iterator: Iterator) -> None:
         """What is due after a step: metrics, an evaluation, a checkpoint."""
@@ -357,8 +203,8 @@ class _Run:
         self._flush()
         self._publish()  # Before the checkpoint, whose lines of metrics must be there.
         validation = self._log.validation_at(step)
-        loss = validation.get("objective", validation["validation_loss"]) if validation else None
-        self._saver.save(step, state, iterator, loss, self._log.checksum)
+        cost = self._parts.task.cost(validation) if validation else None
+        self._saver.save(step, state, iterator, cost, self._log.checksum)
         self._log.restart_clock()
 
     def _publish(self) -> None:
@@ -373,39 +219,12 @@ class _Run:
         self._flush()
         found = self._log.validation_at(step)
         if found is None:
-            values = self._evaluate(state)
+            values = self._evaluator.measure(state)
             self._log.write_validation(step, values)
-            self._log.message(f"step {step}: {describe(values)}")
+            self._log.message(f"step {step}: {self._parts.task.describe(values)}")
             found = values
         self._log.restart_clock()
-        return {name: value for name, value in found.items() if name != "step"}
-
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
-        config, tokenizer = self._parts.config, self._tokenizer
-        if self._evaluate_batch is None:
-            parts, settings = self._parts, dataclasses.replace(self._parts.loss_settings, z_loss=0.0)
-            make_loss = medusa_evaluation if self._has_heads else language_model_loss
-            loss = make_loss(parts.structure, settings, parts.partition)
-            self._evaluate_batch = make_evaluation_step(loss, parts.shardings, parts.partition)
-            self._bytes_per_token = validation_bytes_per_token(config.data, tokenizer)
-        sums = []
-        with contextlib.closing(validation_batches(config.data, tokenizer, self._feed.own)) as batches:
-            for batch in itertools.islice(batches, self._train.evaluate_batches or None):
-                trees = state.parameters, state.frozen, state.constants
-                sums.append(settled(self._evaluate_batch(*trees, self._to_devices(batch))))
-        fetched = jax.device_get(sums)
-        nll, weight = (np.sum([getattr(s, name) for s in fetched], dtype=np.float64) for name in ("nll", "weight"))
-        assert self._bytes_per_token is not None
-        values = validation_values(float(nll), float(weight), float(weight) * self._bytes_per_token)
-        return values | head_values(fetched) if self._has_heads else values
-
-    @property
-    def _has_heads(self) -> bool:
-        """Whether this run trains Medusa heads."""
-        return self._parts.config.finetune.objective == "medusa"
-
-    def _to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return self._feed({name: batch[name] for name in _BATCH_TYPES})
+        return found
 
     def _compile(self, state: TrainState) -> Any:
         """The training step, compiled ahead, which tells its memory."""
@@ -433,40 +252,36 @@ class _Run:
             jax.profiler.stop_trace()
             self._tracing = False
 
-    def _finish(self, step: int, *, interrupted: bool, validation: Mapping[str, float] | None = None) -> Result:
+    def _finish(
+        self,
+        step: int,
+        *,
+        interrupted: bool,
+        validation: Mapping[str, float] | None = None,
+        state: TrainState | None = None,
+    ) -> Result:
+        task, described = self._parts.task, ""
+        results: Sequence[ResultFile] = ()
+        if validation is not None and state is not None:
+            described, results = task.describe(validation), task.results(validation, self._evaluator.at(state))
         self._saver.wait()
         self._log.close()
         if jax.process_index() == 0:
-            try:
-                draw_learning_curve(self._files.directory)
-                if validation is not None and self._has_heads:
-                    self._log.message(
-                        write_best_tree(self._files.directory, self._parts.config.finetune.medusa, validation)
-                    )
-            except OSError as error:
-                self._log.message(f"warning: {self._files.directory} cannot be written to ({error.strerror or error})")
+            self._write(results)
         self._publish()
         require(self._saver.complete, f"the checkpoint of step {step} could not be saved; free space and run again")
-        return Result(step, interrupted, validation)
+        return Result(step, interrupted, validation, described)
 
-
-def validation_values(nll: float, tokens: float, byte_count: float) -> dict[str, float]:
-    """Measures of a text from its summed negative log-likelihood in nats, its tokens and its bytes."""
-    loss = nll / tokens if tokens else math.nan
-    return {
-        "validation_loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nll / math.log(2) / byte_count if byte_count else math.nan,
-    }
-
-
-def describe(values: Mapping[str, float]) -> str:
-    """One line for `validation_values`, and for `head_values` where they are there too."""
-    line = (
-        f"validation loss {values['validation_loss']:.4f}, perplexity {values['perplexity']:.3f}, "
-        f"bits-per-byte {values['bits_per_byte']:.4f}"
-    )
-    return f"{line}, {describe_heads(values)}" if "objective" in values else line
+    def _write(self, results: Sequence[ResultFile]) -> None:
+        """Write what a run leaves behind at its end."""
+        directory = self._files.directory
+        try:
+            draw_learning_curve(directory)
+            for result in results:
+                (directory / result.name).write_text(result.text, encoding="utf-8")
+                self._log.message(f"{directory / result.name}: {result.told}")
+        except OSError as error:
+            self._log.message(f"warning: {directory} cannot be written to ({error.strerror or error})")
 
 
 def _memory(compiled: Any) -> str:

@@ -54,10 +54,20 @@ class MetricsLog:
         step: int,
         steps: int,
         flops_per_token: float,
+        measure: str,
         report: Callable[[str], None],
         checksum: int | None = None,
     ):
-        """Go on with the metrics of `workdir` after `step` of `steps`; `checksum` is what they had, where it is known.
+        """Go on with the metrics of a run.
+
+        Args:
+            workdir: where they are.
+            step: after which the run goes on.
+            steps: of the whole run.
+            flops_per_token: operations that a step needs.
+            measure: a measure that lines of evaluations hold.
+            report: is called with lines for the user.
+            checksum: what the metrics had at `step`, where it is known.
 
         Raises:
             ConfigError: they cannot be written.
@@ -70,7 +80,7 @@ class MetricsLog:
         if jax.process_index() == 0:
             lines = self._open(workdir, step)
             self.checksum = checksum_of(lines)
-            evaluation = next((line for line in reversed(lines) if line.get("validation_loss") is not None), None)
+            evaluation = next((line for line in reversed(lines) if line.get(measure) is not None), None)
         # All processes must know the same evaluations: they evaluate together.
         found = agree_on([self.checksum, evaluation])
         self._validation: dict[str, Any] | None = found[1]
@@ -121,9 +131,11 @@ class MetricsLog:
         self._validation = {"step": step, **values}
         self._write([self._validation])
 
-    def validation_at(self, step: int) -> dict[str, Any] | None:
-        """The last evaluation, if it was made at `step`."""
-        return self._validation if self._validation and self._validation["step"] == step else None
+    def validation_at(self, step: int) -> dict[str, float] | None:
+        """Return the measures of the last evaluation, if it was made at `step`."""
+        if self._validation is None or self._validation["step"] != step:
+            return None
+        return {name: value for name, value in self._validation.items() if name != "step"}
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,6 +1,7 @@
 """Models that are kept in a run's directory: written without training, and read to be used or trained further."""
 
 import gc
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.settings.mesh import MeshConfig
-from lin_jax.train.base import check_base, is_new, require_same_frozen, require_same_model
+from lin_jax.tasks.base import Task
+from lin_jax.tasks.registry import task_of
+from lin_jax.train.base import check_base, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.manifest import require_undamaged, saving_options
 from lin_jax.train.sharding import default_partition, make_mesh, replicated
 from lin_jax.train.state import initial_state
-from lin_jax.train.trainable import structure_of
+from lin_jax.train.trainable import is_new, structure_of
 from lin_jax.train.workdir import (
     checkpoints_directory,
     read_meta,
@@ -125,8 +128,8 @@ def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
 def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax.Array]:
     """The parameters of `config.finetune.checkpoint`, adapters merged, by path joined by dots.
 
-    Parameters of linearized attention and of Medusa heads may be missing or left over; those that are left over are
-    left out.
+    Parameters of linearized attention and what tasks add to models may be missing or left over; those that are left
+    over are left out.
 
     Raises:
         ConfigError: it cannot be read, or is of another model than `config.model`.
@@ -137,8 +140,8 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     require_same_model(base, config)
     merge_lora(model)
     found, wanted = parameters_by_path(model), parameters_by_path(structure.abstract_parameters)
-    missing = [name for name in wanted if name not in found and not is_new(name)]
-    unused = [name for name in found if name not in wanted and not is_new(name)]
+    missing = _not_new(wanted.keys() - found.keys(), task_of(config))
+    unused = _not_new(found.keys() - wanted.keys(), task_of(base))
     require(not missing, f"finetune.checkpoint: {path} has no {', '.join(missing[:3])}")
     require(not unused, f"finetune.checkpoint: the model has no place for {', '.join(unused[:3])} of {path}")
     used = {name: array for name, array in found.items() if name in wanted}
@@ -146,6 +149,10 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
         shape = wanted[name].shape
         require(array.shape == shape, f"finetune.checkpoint: {name} is {array.shape} in {path}, but here {shape}")
     return used
+
+
+def _not_new(names: Iterable[str], task: Task) -> list[str]:
+    return sorted(name for name in names if not is_new(task, tuple(name.split("."))))
 
 
 def _as_saved(item: Any, directory: epath.Path) -> Any:

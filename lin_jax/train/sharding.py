@@ -5,7 +5,7 @@ dimensions of their activations alike; `MESH_AXES` says along which axes of the 
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.models.settings import ModelConfig
 from lin_jax.settings.base import require
 from lin_jax.settings.mesh import MeshConfig
+from lin_jax.tasks.base import BatchField
 
 # Axes of the mesh, those first over which least is sent. Devices that lie next to each other share the last ones.
 MESH = ("slice", "data", "fsdp", "sequence", "tensor")
@@ -194,6 +195,11 @@ def _told(partition: Partition, name: str) -> str:
 def batch_sharding(partition: Partition) -> NamedSharding:
     """Rows of a batch over every axis that shares it, and their tokens."""
     return partition.place(partition.axes("batch"), partition.axes("tokens"))
+
+
+def batch_shardings(partition: Partition, fields: Mapping[str, BatchField]) -> dict[str, NamedSharding]:
+    """Return how the arrays of a batch lie."""
+    return {name: partition.sharding(field.axes, field.shape) for name, field in fields.items()}
 
 
 def replicated(partition: Partition) -> NamedSharding:

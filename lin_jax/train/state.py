@@ -10,7 +10,6 @@ import optax
 from flax import nnx
 
 from lin_jax.layers.partition import Partition
-from lin_jax.models.medusa import HEADS, first_kernel
 from lin_jax.models.structure import Structure
 from lin_jax.train.sharding import replicated
 
@@ -65,20 +64,11 @@ def initial_state(
     if known:
         flat = nnx.traversals.flatten_mapping(parameters)
         flat = {path: known.get(".".join(path), leaf) for path, leaf in flat.items()}
-        parameters = nnx.traversals.unflatten_mapping(flat)
-        if HEADS in parameters and not any(name.startswith(f"{HEADS}.") for name in known):
-            parameters = _with_first_heads(structure, parameters, constants)
+        parameters = structure.complete(nnx.traversals.unflatten_mapping(flat), constants, known)
     trained, frozen = structure.split(parameters)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     frozen = jax.tree.map(lambda leaf: leaf.astype(structure.frozen_dtype), frozen)
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, constants, optimizer.init(trained))
-
-
-def _with_first_heads(structure: Structure, parameters: Any, constants: Any) -> Any:
-    """The parameters, with Medusa heads that start from the model's own head."""
-    flat, path = nnx.traversals.flatten_mapping(parameters), (HEADS, "heads", "logits", "kernel")
-    flat[path] = jnp.broadcast_to(first_kernel(structure.merge(parameters, constants)), flat[path].shape)
-    return nnx.traversals.unflatten_mapping(flat)
 
 
 def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -1,25 +1,19 @@
 """One update of the parameters, and the loss of a batch without one."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding
 
 from lin_jax.layers.partition import Partition
-from lin_jax.models.structure import Structure
-from lin_jax.tasks.loss import LossSums, sharded_loss
+from lin_jax.tasks.base import Batch, Evaluation, Loss
+from lin_jax.tasks.loss import LossSums
 from lin_jax.train.optimizer import skipped_steps
-from lin_jax.train.sharding import batch_sharding, replicated
+from lin_jax.train.sharding import replicated
 from lin_jax.train.state import TrainState
-
-Batch = dict[str, jax.Array]
-# (trained parameters, frozen parameters, constants, batch) -> sums over its tokens
-Loss = Callable[[Any, Any, Any, Batch], LossSums]
 
 
 class StepMetrics(NamedTuple):
@@ -33,61 +27,8 @@ class StepMetrics(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """How a batch becomes a loss.
-
-    `use_segments` is False where rows are single sequences, which lets the model leave out masks. `heads_weight` is
-    that of the loss of Medusa heads beside the next token's; None where they train alone.
-    """
-
-    loss_chunk: int
-    z_loss: float
-    use_segments: bool
-    heads_weight: float | None = None
-
-
-def language_model_loss(structure: Structure, settings: LossSettings, partition: Partition) -> Loss:
-    """Cross-entropy of the next tokens; a batch holds tokens, targets, weights and segment ids, [B, T] each."""
-
-    def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
-        model = structure.model(trained, frozen, constants, partition)
-        return next_token_loss(model, features_of(model, batch, settings, partition), batch, settings, partition)
-
-    return loss
-
-
-def features_of(model: Any, batch: Batch, settings: LossSettings, partition: Partition) -> Float[Array, "B T C"]:
-    """What the model's head reads of a batch."""
-    segment_ids_BT = batch["segment_ids"] if settings.use_segments else None
-    return partition.constrain(model.features(batch["tokens"], segment_ids_BT, partition), "batch", "tokens", None)
-
-
-def next_token_loss(
-    model: Any, hidden_BTC: Float[Array, "B T C"], batch: Batch, settings: LossSettings, partition: Partition
-) -> LossSums:
-    """Cross-entropy of the next tokens, of what `features_of` gives."""
-    # The layers are no part of the head, and many.
-    graph, used, layers = nnx.split(model, lambda path, _: path[0] != "layers", ...)
-    return sharded_loss(
-        lambda used, x: nnx.merge(graph, used, layers).head(x),
-        used,
-        hidden_BTC,
-        batch["targets"],
-        batch["weights"],
-        chunk=loss_chunk(batch, settings, partition),
-        z_loss=settings.z_loss,
-        partition=partition,
-    )
-
-
-def loss_chunk(batch: Batch, settings: LossSettings, partition: Partition) -> int:
-    """Tokens of a row whose logits are in memory at a time, on all devices that share it."""
-    return max(1, settings.loss_chunk * partition.shards("batch", "tokens") // batch["tokens"].shape[0])
-
-
 def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
-    """`LossSums` of a batch and the float32 gradient of their `loss`, one microbatch at a time.
+    """Return `LossSums` of a batch and the float32 gradient of their `loss`, one microbatch at a time.
 
     Sums, not means, are added, so the result does not depend on `microbatches`, whatever the weights are.
     """
@@ -118,9 +59,10 @@ def make_train_step(
     schedule: optax.Schedule,
     microbatches: int,
     shardings: TrainState,
+    of_batch: Mapping[str, NamedSharding],
     partition: Partition,
 ) -> Any:
-    """A jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
+    """Return a jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         def of_parameters(parameters: Any, part: Batch) -> LossSums:
@@ -145,16 +87,18 @@ def make_train_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(partition)),
+        in_shardings=(shardings, dict(of_batch)),
         out_shardings=(shardings, replicated(partition)),
         donate_argnums=0,
     )
 
 
-def make_evaluation_step(loss: Loss, shardings: TrainState, partition: Partition) -> Any:
-    """A jitted (parameters, frozen, constants, batch) -> LossSums."""
+def make_evaluation_step(
+    evaluate: Evaluation, shardings: TrainState, of_batch: Mapping[str, NamedSharding], partition: Partition
+) -> Any:
+    """Return a jitted (parameters, frozen, constants, batch) -> sums."""
     return jax.jit(
-        loss,
-        in_shardings=(shardings.parameters, shardings.frozen, shardings.constants, batch_sharding(partition)),
+        evaluate,
+        in_shardings=(shardings.parameters, shardings.frozen, shardings.constants, dict(of_batch)),
         out_shardings=replicated(partition),
     )

@@ -7,11 +7,11 @@ from flax import nnx
 
 from lin_jax.experiment import Config
 from lin_jax.layers.lora import ADAPTER, add_lora
-from lin_jax.models.flops import Flops, training_flops
-from lin_jax.models.medusa import HEADS, MedusaHeads
+from lin_jax.models.flops import Flops
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import Path, Structure, make_structure
-from lin_jax.settings.finetune import FinetuneConfig
+from lin_jax.tasks.base import Task
+from lin_jax.tasks.registry import task_of
 
 # Parameters that linearized attention has and softmax attention does not.
 NEW = ("alpha", "filter", "local_factor")
@@ -28,31 +28,37 @@ GROUPS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def trains(finetune: FinetuneConfig, path: Path) -> bool:
-    """Whether the parameter at `path` trains: adapters and Medusa heads always do."""
-    return ADAPTER in path or path[0] == HEADS or any(GROUPS[group](path) for group in finetune.train)
+def trains(task: Task, path: Path) -> bool:
+    """Return whether the parameter at `path` trains: adapters and what the task adds always do."""
+    groups = task.config.finetune.train
+    return ADAPTER in path or path[0] in task.adds or any(GROUPS[group](path) for group in groups)
+
+
+def is_new(task: Task, path: Path) -> bool:
+    """Return whether a model that a run starts from may lack the parameter at `path`."""
+    return path[-1] in NEW or ADAPTER in path or path[0] in task.adds
 
 
 def step_flops(config: Config, *, tiled: bool = False) -> Flops:
-    """Operations for one token of the step that a run of `config` makes; `tiled`: see `training_flops`."""
-    finetune, length = config.finetune, config.data.sequence_length
-    return training_flops(config.model, length, finetune, functools.partial(trains, finetune), tiled=tiled)
+    """Return the operations for one token of the step that a run of `config` makes; `tiled`: see `Task.flops`."""
+    task = task_of(config)
+    return task.flops(functools.partial(trains, task), tiled=tiled)
 
 
 def structure_of(config: Config) -> Structure:
-    """The model that a run of `config` trains."""
+    """Return the model that a run of `config` trains."""
+    task = task_of(config)
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         model = create_model(config.model, rngs)
         add_lora(model, config.finetune.lora, rngs)
-        if config.finetune.objective == "medusa":
-            shape = (config.model.width, config.model.vocabulary_size)
-            model.medusa = MedusaHeads(config.finetune.medusa, *shape, rngs=rngs)
+        task.extend(model, rngs)
         return model
 
     return make_structure(
         create,
-        functools.partial(trains, config.finetune),
+        functools.partial(trains, task),
         frozen_dtype=config.finetune.frozen_dtype,
-        keeps_start=config.finetune.objective == "attention_transfer",
+        keeps_start=task.keeps_start,
+        start=task.start,
     )

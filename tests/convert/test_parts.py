@@ -16,7 +16,7 @@ from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_f
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import AttentionConfig, Config, DataConfig, LlamaConfig, MeshConfig
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.train.loop import make_parts
+from lin_jax.train.parts import make_parts
 from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh, make_partition
 from lin_jax.train.state import initial_state

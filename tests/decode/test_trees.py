@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lin_jax.decode.trees import best_paths, expected_tokens, find_tree, write_tree
+from lin_jax.decode.trees import best_paths, expected_tokens, find_tree, tree_to_json
 from lin_jax.experiment import ConfigError
 from lin_jax.ops.tree import TREES
 
@@ -49,7 +49,7 @@ def test_guesses_that_are_never_right_are_left_out():
 def test_a_tree_is_read_back(tmp_path):
     accuracy = [[0.6, 0.2], [0.4, 0.1]]
     paths = best_paths(accuracy, 5)
-    write_tree(tmp_path / "tree.json", paths, accuracy)
+    (tmp_path / "tree.json").write_text(tree_to_json(paths, accuracy))
     tree = find_tree(str(tmp_path / "tree.json"))
     assert tree.nodes == 5 and [tuple(path) for path in paths] == [(0,), (0, 0), (1,), (1, 0)]
     (tmp_path / "bare.json").write_text(json.dumps([list(path) for path in paths]))

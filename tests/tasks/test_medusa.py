@@ -34,12 +34,11 @@ from lin_jax.experiment import (
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
 from lin_jax.settings.command_line import apply_overrides
-from lin_jax.tasks.medusa import accuracy_by_rank, head_values, medusa_evaluation, medusa_loss
+from lin_jax.tasks.medusa import MedusaTraining, accuracy_by_rank, head_values
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_partition
-from lin_jax.train.step import LossSettings
 from lin_jax.train.trainable import structure_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,6 +54,7 @@ MODEL = LlamaConfig(
     attention=AttentionConfig(local="softmax", group_size=4, convolution=3),
 )
 HEADS = FinetuneConfig(checkpoint="set below", train=(), objective="medusa", medusa=MedusaConfig(heads=3))
+WEIGHTED = MedusaConfig(heads=3, weight=0.3)
 JOINT = dataclasses.replace(HEADS, train=("norm",), lora=LoraConfig(rank=2))
 STEPS = 6
 
@@ -147,21 +147,24 @@ def by_hand(structure, trained, frozen, constants, batch):
 
 @pytest.mark.parametrize("heads_weight", [None, 0.3])
 def test_the_loss_is_that_of_the_tokens_that_heads_guess(settings, batch, heads_weight):
-    parts = start(settings("unused"))
+    config = settings("unused", HEADS if heads_weight is None else dataclasses.replace(JOINT, medusa=WEIGHTED))
+    parts = start(config)
     own, found = by_hand(*parts, batch)
     of_heads = sum(0.8**k * sum(loss for loss, _ in of_head) for k, of_head in enumerate(found, start=1))
-    sums = medusa_loss(parts[0], LossSettings(16, 0.0, True, heads_weight), mesh())(*parts[1:], batch)
+    sums = MedusaTraining(config).loss(parts[0], mesh())(*parts[1:], batch)
     expected = of_heads if heads_weight is None else own + heads_weight * of_heads
     np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
     np.testing.assert_allclose(sums.weight, batch["weights"].sum())
 
 
 def test_the_accuracy_counts_the_ranks_of_what_was_right(settings, batch):
-    parts = start(settings("unused"))
+    config = settings("unused")
+    parts = start(config)
     own, found = by_hand(*parts, batch)
-    sums = medusa_evaluation(parts[0], LossSettings(16, 0.0, True), mesh())(*parts[1:], batch)
+    sums = MedusaTraining(config).evaluation(parts[0], mesh())(*parts[1:], batch)
     np.testing.assert_allclose(sums.nll, own, rtol=1e-5)
-    table = np.array(accuracy_by_rank(head_values(jax.device_get([sums, sums]))))
+    twice = jax.tree.map(lambda x: 2 * np.asarray(x, np.float64), sums)
+    table = np.array(accuracy_by_rank(head_values(twice)))
     expected = [[np.mean([rank == r for _, rank in of_head]) for r in range(10)] for of_head in found]
     np.testing.assert_allclose(table, expected, atol=1e-6)
     assert np.sum(expected) > 0
@@ -169,9 +172,9 @@ def test_the_accuracy_counts_the_ranks_of_what_was_right(settings, batch):
 
 @pytest.mark.parametrize("finetune", [HEADS, JOINT], ids=["heads", "joint"])
 def test_the_gradient_reaches_what_trains_alone(settings, batch, finetune):
-    structure, trained, frozen, constants = start(settings("unused", finetune))
-    weight = finetune.medusa.weight if finetune.trains_model else None
-    loss = medusa_loss(structure, LossSettings(16, 0.0, True, weight), mesh())
+    config = settings("unused", finetune)
+    structure, trained, frozen, constants = start(config)
+    loss = MedusaTraining(config).loss(structure, mesh())
     gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch).loss)(trained)
     flat = nnx.traversals.flatten_mapping(gradient)
     reached = {path[0] if path[0] == "medusa" else path[-1] for path, leaf in flat.items() if jnp.any(leaf != 0)}

@@ -9,12 +9,11 @@ import pytest
 from flax import nnx
 
 from lin_jax.attentions.mixing import layer_kinds
-from lin_jax.experiment import AttentionConfig, Gpt2Config, LlamaConfig, MeshConfig
+from lin_jax.experiment import AttentionConfig, Config, DataConfig, FinetuneConfig, Gpt2Config, LlamaConfig, MeshConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
-from lin_jax.tasks.transfer import attention_errors, transfer_loss
+from lin_jax.tasks.transfer import AttentionTransfer, attention_errors
 from lin_jax.train.sharding import make_partition
-from lin_jax.train.step import LossSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,9 +91,12 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     trained, frozen = structure.split(parameters)
     assert set(trained["layers"]["attention"]) == {"mixing", "query"}
     assert jax.tree.structure(frozen) == jax.tree.structure(parameters)
-    loss = transfer_loss(
-        structure, LossSettings(16, 0.0, use_segments=True), make_partition(MeshConfig(), jax.devices()[:1])
+    settings = Config(
+        model=config,
+        data=DataConfig(packing="segments"),
+        finetune=FinetuneConfig(checkpoint="x", train=("attention",), objective="attention_transfer"),
     )
+    loss = AttentionTransfer(settings).loss(structure, make_partition(MeshConfig(), jax.devices()[:1]))
     weights = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32)
     batch = {"tokens": TOKENS, "segment_ids": SEGMENTS, "targets": TOKENS, "weights": weights}
     gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch).loss)(trained)

@@ -88,12 +88,15 @@ def test_the_program_beside_a_process_hears_its_end(end, said):
 
 
 def test_rows_and_parts_of_rows_go_to_their_devices():
-    sharding = NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), PartitionSpec("data", "fsdp"))
-    feed, rows = Feed(sharding, 6), np.arange(6 * 16).reshape(6, 16)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    cut, labels = NamedSharding(mesh, PartitionSpec("data", "fsdp")), NamedSharding(mesh, PartitionSpec("data"))
+    feed, rows = Feed({"tokens": cut, "labels": labels}, labels, 6), np.arange(6 * 16).reshape(6, 16)
     np.testing.assert_array_equal(feed.own, np.arange(6))
-    array = feed({"tokens": rows})["tokens"]
-    np.testing.assert_array_equal(array, rows)
-    assert {shard.data.shape for shard in array.addressable_shards} == {(3, 4)}
+    batch = feed({"tokens": rows, "labels": rows[:, 0], "left": rows})
+    np.testing.assert_array_equal(batch["tokens"], rows)
+    np.testing.assert_array_equal(batch["labels"], rows[:, 0])
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(3, 4)}
+    assert {shard.data.shape for shard in batch["labels"].addressable_shards} == {(3,)} and len(batch) == 2
 
 
 def test_a_process_reads_any_rows_that_its_devices_hold(monkeypatch):
@@ -105,7 +108,7 @@ def test_a_process_reads_any_rows_that_its_devices_hold(monkeypatch):
     monkeypatch.setattr(
         jax, "make_array_from_callback", lambda shape, where, part: made.extend(map(part, parts)) or whole
     )
-    feed, rows = Feed(sharding, 8), np.arange(8 * 4).reshape(8, 4)
+    feed, rows = Feed({"tokens": sharding}, sharding, 8), np.arange(8 * 4).reshape(8, 4)
     np.testing.assert_array_equal(feed.own, [2, 3, 6, 7])
     feed({"tokens": rows[feed.own]})
     for found, index in zip(made, parts, strict=True):

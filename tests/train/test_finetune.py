@@ -226,7 +226,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(settings, tmp_pat
 )
 def test_settings_that_contradict_each_other(finetune, message):
     with pytest.raises(ConfigError, match=message):
-        FinetuneConfig(**finetune)
+        Config(finetune=FinetuneConfig(**finetune))
 
 
 def test_transfer_is_for_linearized_models():

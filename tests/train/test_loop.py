@@ -26,10 +26,11 @@ from lin_jax.experiment import (
     TrainConfig,
 )
 from lin_jax.settings.command_line import apply_overrides, config_to_dict
-from lin_jax.train import checkpoint, checksums, loop, trainable
+from lin_jax.train import checkpoint, checksums, loop, sharding, trainable
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.saved_model import load_model
+from lin_jax.train.validation import Evaluator
 
 from .stub import Stub
 
@@ -221,8 +222,8 @@ def test_damage_falls_back_to_the_checkpoint_before(config, uninterrupted, monke
 def test_checksums_notice_one_bit_and_not_the_mesh():
     values = jax.random.normal(jax.random.key(0), (16, 8))
     tree = {"a": values, "b": jax.numpy.arange(5), "c": values.astype("bfloat16"), "d": values > 0}
-    partition = loop.sharding.make_partition(MeshConfig(data=2, fsdp=4))
-    cut = {**tree, "a": jax.device_put(values, loop.sharding.batch_sharding(partition))}
+    partition = sharding.make_partition(MeshConfig(data=2, fsdp=4))
+    cut = {**tree, "a": jax.device_put(values, sharding.batch_sharding(partition))}
     meta = {"checksums": {"model": checksums.checksums(tree)}}
     checksums.require_checksums({"model": cut}, meta)
     for name in "abc":
@@ -289,7 +290,7 @@ def test_a_checkpoint_beyond_the_end_is_refused(config):
 def test_last_and_best_checkpoints_are_kept(config, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
     values = ({"validation_loss": loss, "perplexity": 1.0, "bits_per_byte": 1.0} for loss in losses)
-    monkeypatch.setattr(loop._Run, "_evaluate", lambda self, state: next(values))
+    monkeypatch.setattr(Evaluator, "measure", lambda self, state: next(values))
     train(change(config, "train.evaluate_every=4", "checkpoint.every=4"))
     assert steps_of(config) == [8, 20, 24]
 

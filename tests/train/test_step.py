@@ -1,6 +1,5 @@
 """The training step: same loss and gradient on every mesh and for every number of microbatches; bad steps skipped."""
 
-import dataclasses
 import functools
 import re
 
@@ -10,24 +9,25 @@ import numpy as np
 import optax
 import pytest
 
-from lin_jax.experiment import MeshConfig, OptimizerConfig
+from lin_jax.experiment import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from lin_jax.models.structure import make_structure
+from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.sharding import batch_sharding, make_partition
+from lin_jax.train.sharding import batch_sharding, batch_shardings, make_partition
 from lin_jax.train.state import initial_state, state_shardings
-from lin_jax.train.step import (
-    LossSettings,
-    gradient_sums,
-    language_model_loss,
-    make_evaluation_step,
-    make_train_step,
-)
+from lin_jax.train.step import gradient_sums, make_evaluation_step, make_train_step
 
 from .stub import LAYERS, VOCABULARY, WIDTH, Stub
 
 STRUCTURE = make_structure(Stub)
-SETTINGS = LossSettings(loss_chunk=16, z_loss=1e-3, use_segments=True)
-CONFIG = OptimizerConfig(peak_learning_rate=1e-2, schedule="constant", weight_decay=0.1, gradient_clip=0.5)
+CONFIG = OptimizerConfig(peak_learning_rate=1e-2, schedule="constant", weight_decay=0.1, gradient_clip=0.5, z_loss=1e-3)
+TASK = LanguageModelling(
+    Config(
+        data=DataConfig(batch_size=16, sequence_length=12, packing="segments"),
+        optimizer=CONFIG,
+        train=TrainConfig(loss_chunk=16),
+    )
+)
 
 
 def make_batch(rows=16, length=12, seed=0):
@@ -46,7 +46,7 @@ def make_batch(rows=16, length=12, seed=0):
 def plain_loss(parameters, constants, batch):
     logits = STRUCTURE.merge(parameters, constants)(batch["tokens"], batch["segment_ids"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    losses = losses + SETTINGS.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+    losses = losses + CONFIG.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
     return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
 
@@ -55,8 +55,8 @@ def setup(partition, microbatches=1, config=CONFIG):
     shardings = state_shardings(STRUCTURE, optimizer, partition)
     state = jax.jit(lambda seed: initial_state(STRUCTURE, optimizer, seed), out_shardings=shardings)(jnp.uint32(0))
     schedule = learning_rate_schedule(config, 10)
-    loss = language_model_loss(STRUCTURE, SETTINGS, partition)
-    step = make_train_step(loss, optimizer, schedule, microbatches, shardings, partition)
+    loss, of_batch = TASK.loss(STRUCTURE, partition), batch_shardings(partition, TASK.batch_fields())
+    step = make_train_step(loss, optimizer, schedule, microbatches, shardings, of_batch, partition)
     return state, step, shardings
 
 
@@ -67,7 +67,7 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def loss(parameters, part):
-        return language_model_loss(STRUCTURE, SETTINGS, partition)(parameters, {}, constants, part)
+        return TASK.loss(STRUCTURE, partition)(parameters, {}, constants, part)
 
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
@@ -194,8 +194,8 @@ def test_evaluation_leaves_out_the_z_loss():
     partition = make_partition(MeshConfig(data=2, fsdp=4))
     state, _, shardings = setup(partition)
     batch = make_batch()
-    loss = language_model_loss(STRUCTURE, dataclasses.replace(SETTINGS, z_loss=0.0), partition)
-    sums = make_evaluation_step(loss, shardings, partition)(
+    evaluation, of_batch = TASK.evaluation(STRUCTURE, partition), batch_shardings(partition, TASK.batch_fields())
+    sums = make_evaluation_step(evaluation, shardings, of_batch, partition)(
         state.parameters, state.frozen, state.constants, jax.device_put(batch, batch_sharding(partition))
     )
     logits = STRUCTURE.merge(jax.device_get(state.parameters), jax.device_get(state.constants))(

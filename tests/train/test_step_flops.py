@@ -14,7 +14,7 @@ from lin_jax.experiment import (
     MeshConfig,
 )
 from lin_jax.plan.compiled import trace
-from lin_jax.train.loop import abstract_batch, make_step
+from lin_jax.train.parts import abstract_batch, make_step
 from lin_jax.train.trainable import step_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

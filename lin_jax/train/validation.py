@@ -1,0 +1,68 @@
+"""The measures of a run's model, as its task makes them."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.train.distributed import settled
+from lin_jax.train.parts import Parts, make_evaluation
+from lin_jax.train.state import TrainState
+
+
+class Evaluator:
+    """Measures the states of one run; what is compiled for that is compiled once."""
+
+    def __init__(self, parts: Parts, tokenizer: Tokenizer):
+        self.parts, self.tokenizer = parts, tokenizer
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Return the measures of a state, by name."""
+        return self.parts.task.measure(self.at(state))
+
+    def at(self, state: TrainState) -> "StateValidation":
+        """Return a state as tasks see it."""
+        return StateValidation(self, state)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted evaluation of a batch."""
+        return make_evaluation(self.parts)
+
+
+class StateValidation:
+    """One state of a run, to be measured; see `lin_jax.tasks.base.Validation`."""
+
+    def __init__(self, evaluator: Evaluator, state: TrainState):
+        self._evaluator, self._state = evaluator, state
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
+        return self._evaluator.tokenizer
+
+    def sums(self, name: str) -> Any:
+        """Return the sums over the batches of a validation set, at most `train.evaluate_batches` of them."""
+        parts, state = self._evaluator.parts, self._state
+        found = []
+        with contextlib.closing(parts.task.validation_batches(name, self.tokenizer, parts.feed.own)) as batches:
+            for batch in itertools.islice(batches, parts.config.train.evaluate_batches or None):
+                trees = state.parameters, state.frozen, state.constants
+                found.append(settled(self._evaluator.step(*trees, parts.feed(batch))))
+        return _add_up(jax.device_get(found))
+
+    def model(self) -> nnx.Module:
+        """Return the model with this state's parameters."""
+        structure, state = self._evaluator.parts.structure, self._state
+        return structure.merge(structure.join(state.parameters, state.frozen), state.constants)
+
+
+def _add_up(trees: Sequence[Any]) -> Any:
+    """Return the sum of trees of arrays, in float64."""
+    return jax.tree.map(lambda *arrays: np.sum(arrays, axis=0, dtype=np.float64), *trees)
