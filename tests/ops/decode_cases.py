@@ -63,9 +63,11 @@ class Draft:
         return y[np.arange(len(length_B))[:, None], leaf_of[None], length_B[:, None] + tree.depth_M[None]]
 
 
-def make_draft(seed: int, tree: Tree, T: int, *, B: int, sizes: dict[str, tuple[int, int]]) -> Draft:
+def make_draft(
+    seed: int, tree: Tree, T: int, *, B: int, sizes: dict[str, tuple[int, int]], dtype: Any = jnp.float32
+) -> Draft:
     """Normal arrays of T tokens and of the nodes; `sizes` gives the heads and the size of each array."""
     rng = np.random.default_rng(seed)
-    normal = lambda length, shape: jnp.asarray(rng.standard_normal((B, length, *shape)), jnp.float32)  # noqa: E731
+    normal = lambda length, shape: jnp.asarray(rng.standard_normal((B, length, *shape)), dtype)  # noqa: E731
     row = {name: normal(T, shape) for name, shape in sizes.items()}
     return Draft(row, {name: normal(tree.nodes, shape) for name, shape in sizes.items()}, tree)

@@ -19,6 +19,7 @@ from tests.ops.decode_cases import Draft, make_draft, random_tree, tree_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+TYPES = [jnp.float32, jnp.bfloat16]
 NAMES = {"q": "q_BTHD", "k": "k_BTKD", "v": "v_BTKE", "grouped_q": "grouped_q_BTHP", "grouped_k": "grouped_k_BTKP"}
 
 
@@ -39,6 +40,8 @@ class Op:
         return augmented_attention(**named, **self.weights, **self.options, **more, return_state=True)
 
     def truth(self, arrays, ids_BT):
+        """The definition's outputs for the very numbers of `arrays`, in float32."""
+        arrays = {name: x.astype(jnp.float32) for name, x in arrays.items()}
         call = lambda arrays, ids: self.forward(arrays, ids, implementation="reference")[0]  # noqa: E731
         return jax.jit(call)(arrays, ids_BT)
 
@@ -93,8 +96,11 @@ def make_op(*, seed, K, J, W, shared_filter, bias, own_grouped, **options) -> tu
 
 
 def close(actual, expected):
+    """Equality to rounding: of sums in float32; of weights, states and outputs in types of 16 bits."""
+    actual = jnp.asarray(actual)
+    tolerance = max(1e-4, 4 * float(jnp.finfo(actual.dtype).eps))
     scale = max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=0, atol=tolerance * scale)
 
 
 def positions(G: int) -> st.SearchStrategy[int]:
@@ -103,14 +109,15 @@ def positions(G: int) -> st.SearchStrategy[int]:
     return border | st.integers(0, 4 * G)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data(), chosen=options(), shape=tree_shapes)
-def test_a_tree_and_what_follows_its_commit(data, chosen, shape):
+def test_a_tree_and_what_follows_its_commit(dtype, data, chosen, shape):
     """A tree is verified, a path of each row committed, and the tree verified again behind it."""
     (op, sizes), tree = make_op(**chosen), random_tree(*shape)
     G, B = op.options["group_size"], data.draw(st.integers(1, 3))
     length_B = np.array([data.draw(positions(G)) for _ in range(B)])
-    draft = make_draft(data.draw(st.integers(0, 99)), tree, 4 * G, B=B, sizes=sizes)
+    draft = make_draft(data.draw(st.integers(0, 99)), tree, 4 * G, B=B, sizes=sizes, dtype=dtype)
     chosen_B = np.array([data.draw(st.integers(0, tree.nodes - 1)) for _ in range(B)])
     count_B = np.array([data.draw(st.integers(0, tree.depth_M[node] + 1)) for node in chosen_B])
     path_BP = tree.path_MP[chosen_B]
@@ -141,13 +148,14 @@ def behind(draft: Draft, length_B, path_BP, count_B) -> Draft:
     return Draft(row, draft.nodes, draft.tree)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(data=st.data(), chosen=options(largest_group=8))
-def test_steps_and_chunks_are_the_forward_pass(data, chosen):
+def test_steps_and_chunks_are_the_forward_pass(dtype, data, chosen):
     """Token by token, chunk by chunk, and committed chains of a few tokens give the outputs of the whole row."""
     op, sizes = make_op(**chosen)
     T = data.draw(st.integers(1, 20))
-    draft = make_draft(data.draw(st.integers(0, 99)), chain(1), T, B=2, sizes=sizes)
+    draft = make_draft(data.draw(st.integers(0, 99)), chain(1), T, B=2, sizes=sizes, dtype=dtype)
     expected = op.truth(draft.row, jnp.ones((2, T), jnp.int32))
 
     @functools.partial(jax.jit, static_argnames="length")

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from lin_jax.ops.product import product
+
 # Below this square of a norm a vector counts as zero.
 SMALLEST_SQUARE = 1e-12
 
@@ -126,7 +128,7 @@ def favor(x: Float[Array, "*axes D"], projection_PD: Float[Array, "P D"]) -> Flo
     """
     scaled = x * x.shape[-1] ** -0.25
     half_square = jnp.sum(jnp.square(scaled.astype(jnp.float32)), axis=-1, keepdims=True) / 2
-    logits = jnp.einsum("...d,pd->...p", scaled, projection_PD, preferred_element_type=jnp.float32) - half_square
+    logits = product("...d,pd->...p", scaled, projection_PD) - half_square
     return (jnp.exp(logits) * projection_PD.shape[0] ** -0.5).astype(x.dtype)
 
 
@@ -135,7 +137,7 @@ def fourier(x: Float[Array, "*axes D"], projection: Float[Array, "half D"]) -> F
 
     phi(x) = [cos(W x), sin(W x)] / sqrt(P / 2), P twice the rows of W (Rahimi and Recht, 2007).
     """
-    angle = jnp.einsum("...d,pd->...p", x, projection, preferred_element_type=jnp.float32)
+    angle = product("...d,pd->...p", x, projection)
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
     return (features * projection.shape[0] ** -0.5).astype(x.dtype)
 

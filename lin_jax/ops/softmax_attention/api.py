@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.layout import token_layout
+from lin_jax.ops.product import factors
 from lin_jax.ops.softmax_attention.splash import refusal, splash_attention
 from lin_jax.ops.target import target
 
@@ -36,9 +37,9 @@ def softmax_attention(
     if run_BT is not None:
         mask_B1TS = (run_BT[:, :, None] == run_BT[:, None, :])[:, None]
     implementation: Literal["cudnn", "xla"] = "cudnn" if mask_B1TS is None and _has_flash_attention(q_BTHD) else "xla"
-    return jax.nn.dot_product_attention(
-        q_BTHD, k_BTKD, v_BTKE, mask=mask_B1TS, is_causal=True, implementation=implementation
-    )
+    q, k, v = factors(q_BTHD, k_BTKD, v_BTKE)
+    y_BTHE = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, is_causal=True, implementation=implementation)
+    return y_BTHE.astype(v_BTKE.dtype)
 
 
 def _has_flash_attention(q_BTHD: Array) -> bool:
@@ -101,7 +102,8 @@ def _in_groups(q: Array, k: Array, v: Array, run_BT: Array, G: int, shift: int, 
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     grouped = lambda x: jnp.roll(x, -shift, axis=1).reshape(B * (T + padding) // G, G, *x.shape[2:])  # noqa: E731
     mask = None if wraps else _near(grouped(position_BT), grouped(run_BT), G)
-    y = jax.nn.dot_product_attention(grouped(q), grouped(k), grouped(v), mask=mask, is_causal=wraps)
+    wide_q, wide_k, wide_v = factors(grouped(q), grouped(k), grouped(v))
+    y = jax.nn.dot_product_attention(wide_q, wide_k, wide_v, mask=mask, is_causal=wraps).astype(v.dtype)
     return jnp.roll(y.reshape(B, T + padding, H, E), shift, axis=1)[:, :T]
 
 
