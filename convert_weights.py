@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lin_jax.attentions.registry import preset_names
 from lin_jax.convert.program import convert
-from lin_jax.experiment import ABLATIONS, ConfigError
+from lin_jax.experiment import ConfigError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", required=True, metavar="MODEL", help="the model that is read")
     parser.add_argument("--output", required=True, metavar="DIR", help="the directory that is made")
-    parser.add_argument("--attention", choices=ABLATIONS, help="the result's attention (default: the source's)")
+    parser.add_argument(
+        "--attention", choices=list(preset_names()), help="the result's attention (default: the source's)"
+    )
     parser.add_argument("--to", choices=("lin_jax", "hf"), default="lin_jax", help="whose form the result has")
     parser.add_argument(
         "--dtype",

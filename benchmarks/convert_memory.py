@@ -22,7 +22,7 @@ from lin_jax.convert.checkpoint_files import write_tensors
 from lin_jax.convert.hugging_face import shapes_of
 from lin_jax.convert.names import tensors_of
 from lin_jax.convert.tensors import Tensor
-from lin_jax.experiment import AttentionConfig, LlamaConfig
+from lin_jax.experiment import LlamaConfig, SoftmaxConfig
 
 MIB = 1 << 20
 # What a conversion imports, and nothing else.
@@ -43,7 +43,7 @@ def make_config(gigabytes: float) -> LlamaConfig:
         feed_forward_size=5504,
         depth=1,
         dtype="bfloat16",
-        attention=AttentionConfig(kind="softmax", convolution=0),
+        attention=SoftmaxConfig(),
     )
     ends = 2 * config.vocabulary_size * config.width
     layer = 4 * config.width**2 + 3 * config.width * config.feed_forward_size

@@ -23,12 +23,12 @@ from flax import nnx
 
 from benchmarks import common
 from lin_jax.decode.generate import Generator, Progress
-from lin_jax.experiment import AttentionConfig, GenerateConfig, LlamaConfig
-from lin_jax.models.language_model import ModelState
+from lin_jax.experiment import AugmentedConfig, GenerateConfig, LlamaConfig, SoftmaxConfig
+from lin_jax.models.base import DecoderState
 from lin_jax.models.registry import create_model
 
 WARMUP = 2
-KINDS = {"augmented": AttentionConfig(group_size=64), "softmax": AttentionConfig(kind="softmax", convolution=0)}
+KINDS = {"augmented": AugmentedConfig(group_size=64), "softmax": SoftmaxConfig()}
 
 
 def make_model(kind: str, options: argparse.Namespace) -> Any:
@@ -48,7 +48,7 @@ def make_model(kind: str, options: argparse.Namespace) -> Any:
     return model
 
 
-def filled(state: ModelState, length: int) -> ModelState:
+def filled(state: DecoderState, length: int) -> DecoderState:
     """The state with random numbers in place of its zeros, and this length."""
     random = np.random.default_rng(0)
 
@@ -60,7 +60,7 @@ def filled(state: ModelState, length: int) -> ModelState:
     return jax.tree.map(fill, state)
 
 
-def state_bytes(state: ModelState) -> int:
+def state_bytes(state: DecoderState) -> int:
     """Bytes of all arrays of a state."""
     return sum(x.nbytes for x in jax.tree.leaves(state))
 

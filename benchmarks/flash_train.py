@@ -22,7 +22,7 @@ import optax
 
 from benchmarks import common
 from lin_jax.convert.flash import to_official
-from lin_jax.experiment import AttentionConfig, Config, FlashConfig, MeshConfig, OptimizerConfig
+from lin_jax.experiment import AugmentedConfig, Config, FlashConfig, MeshConfig, OptimizerConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import Structure, make_structure
 from lin_jax.tasks.language_model import LanguageModelling
@@ -45,7 +45,7 @@ def model_config(options: argparse.Namespace) -> FlashConfig:
         vocabulary_size=options.vocabulary,
         width=options.width,
         depth=options.depth,
-        attention=AttentionConfig(group_size=options.group, convolution=options.taps),
+        attention=AugmentedConfig(group_size=options.group, convolution=options.taps),
         remat=options.remat,
     )
 

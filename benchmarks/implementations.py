@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.common import describe_machine, print_machine, print_table
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     Config,
     DataConfig,
     FlashConfig,
@@ -26,7 +26,7 @@ from lin_jax.train.sharding import make_partition
 from lin_jax.train.state import initial_state
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 2, 16, 32
-ATTENTION = AttentionConfig(group_size=4, convolution=6)
+ATTENTION = AugmentedConfig(group_size=4, convolution=6)
 MODELS = {
     "flash": FlashConfig(
         vocabulary_size=VOCABULARY,

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     Config,
     DataConfig,
     FlashConfig,
@@ -50,7 +50,7 @@ def small_model(architecture: str, kind: str, positions: int = 64, **attention: 
     """A model that compiles quickly and has everything that meshes cut; LLaMA with grouped queries."""
     augmented = kind == "augmented"
     options = {"group_size": 8, "convolution": 6 if augmented else 0, "local": "relu2", **attention}
-    mixing = AttentionConfig(kind=kind, **options)
+    mixing = AugmentedConfig(kind=kind, **options)
     shared: dict[str, Any] = {"vocabulary_size": VOCABULARY, "width": 32, "depth": 2, "attention": mixing}
     if architecture == "flash":
         return FlashConfig(query_key_size=16, rotary_size=8, **shared)

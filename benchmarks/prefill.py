@@ -15,12 +15,12 @@ from flax import nnx
 
 from benchmarks.common import describe_machine, print_machine, print_table
 from lin_jax.decode.generate import generate_tokens
-from lin_jax.experiment import AttentionConfig, GenerateConfig, LlamaConfig
+from lin_jax.experiment import AugmentedConfig, GenerateConfig, LlamaConfig, SoftmaxConfig
 from lin_jax.models.registry import create_model
 
 NEW = 32
 # Softmax attention is for comparison: its cache grows.
-KINDS = {"augmented": AttentionConfig(group_size=64), "softmax": AttentionConfig(kind="softmax", convolution=0)}
+KINDS = {"augmented": AugmentedConfig(group_size=64), "softmax": SoftmaxConfig()}
 
 
 def make_model(options: argparse.Namespace):

@@ -35,7 +35,7 @@ def get_config():
     return Config(
         model=FlashConfig(
             vocabulary_size=257, width=16, depth=2, query_key_size=8, rotary_size=4,
-            attention=AttentionConfig(group_size=8, convolution=4),
+            attention=AugmentedConfig(group_size=8, convolution=4),
         ),
         data=DataConfig(source="text", path=({corpus!r},), cache_directory={cache!r}, sequence_length=32,
                         batch_size={batch}),

@@ -20,14 +20,14 @@ from flax import nnx
 import lin_jax
 from benchmarks import common
 from lin_jax.decode.generate import Generated, Generator
-from lin_jax.experiment import AttentionConfig, GenerateConfig, MedusaConfig
+from lin_jax.experiment import AugmentedConfig, GenerateConfig, MedusaConfig
 from lin_jax.models.medusa import start_heads
 from lin_jax.models.registry import create_model
 
 
 def linearized(model: Any, group_size: int) -> Any:
     """The model with augmented attention, all of whose branches act."""
-    attention = AttentionConfig(group_size=group_size, local="softmax", local_groups=2)
+    attention = AugmentedConfig(group_size=group_size, local="softmax", local_groups=2)
     other = create_model(dataclasses.replace(model.config, attention=attention), nnx.Rngs(0))
     old = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     leaves = nnx.to_flat_state(nnx.state(other, nnx.Param))

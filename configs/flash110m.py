@@ -5,11 +5,11 @@ As it is, a step holds 128 rows of activations over all devices, as on the offic
 file's name 64, on eight TPU v5e. One device: --config.train.microbatches=16 --config.model.remat=full, 16 rows in 5 GiB
 (compiled for a CPU, no accelerator tried). What a step needs is printed by --config.plan=a100:8 or v5e:2x4, and is in
 docs/pods.md.
-Rows of the ablation table: --config.model.attention=local_grouped (any name of lin_jax.attentions.settings.ABLATIONS)
+Rows of the ablation table: --config.model.attention=local_grouped (any name of the presets of lin_jax.attentions)
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -35,7 +35,7 @@ def get_config(devices: str = "8xa100") -> Config:
             norm="scalenorm",
             token_shift=True,
             rotary_size=32,
-            attention=AttentionConfig(local="laplace", group_size=256, convolution=32),
+            attention=AugmentedConfig(local="laplace", group_size=256, convolution=32),
             dtype="bfloat16",
         ),
         data=DataConfig(

@@ -10,7 +10,7 @@ Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -27,7 +27,7 @@ def get_config() -> Config:
             vocabulary_size=257,
             width=512,
             depth=12,
-            attention=AttentionConfig(local="laplace", group_size=256),
+            attention=AugmentedConfig(local="laplace", group_size=256),
             dtype="bfloat16",
         ),
         data=DataConfig(

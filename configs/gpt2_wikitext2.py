@@ -11,7 +11,7 @@ a vocabulary of its own, in minutes on a CPU. Files elsewhere: --config.data.pat
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -22,7 +22,7 @@ from lin_jax.experiment import (
     require,
 )
 
-ATTENTION = AttentionConfig(local="softmax", group_size=64, local_groups=2)
+ATTENTION = AugmentedConfig(local="softmax", group_size=64, local_groups=2)
 FULL = Gpt2Config(attention=ATTENTION)
 SMALL = Gpt2Config(
     vocabulary_size=4096, width=128, depth=4, heads=4, feed_forward_size=512, positions=512, attention=ATTENTION

@@ -6,7 +6,7 @@ run of heads. What it needs on each of 8 devices: --config.plan=cpu:8
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -27,7 +27,7 @@ def get_config(stage: str = "heads") -> Config:
     return Config(
         workdir=f"runs/llama2_7b/medusa_{stage}",
         model=LlamaConfig(
-            attention=AttentionConfig(local="relu2", group_size=64, convolution=32), dtype="bfloat16", remat="full"
+            attention=AugmentedConfig(local="relu2", group_size=64, convolution=32), dtype="bfloat16", remat="full"
         ),
         data=DataConfig(
             source="text",

@@ -13,7 +13,7 @@ trains the model too (Medusa-2), on the same texts.
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -21,13 +21,14 @@ from lin_jax.experiment import (
     LlamaConfig,
     MedusaConfig,
     OptimizerConfig,
+    SoftmaxConfig,
     TrainConfig,
     require,
 )
 
 ATTENTION = {
-    "softmax": AttentionConfig(kind="softmax", convolution=0),
-    "augmented": AttentionConfig(local="softmax", feature_map="relu", group_size=64, local_groups=2),
+    "softmax": SoftmaxConfig(),
+    "augmented": AugmentedConfig(local="softmax", feature_map="relu", group_size=64, local_groups=2),
 }
 
 

@@ -1,7 +1,7 @@
 """A small byte-level FLASH on this Python's own library: a trained model in about five minutes on two CPU cores."""
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -19,7 +19,7 @@ def get_config() -> Config:
             width=256,
             depth=6,
             query_key_size=64,
-            attention=AttentionConfig(local="relu2", group_size=64, convolution=32),
+            attention=AugmentedConfig(local="relu2", group_size=64, convolution=32),
         ),
         data=DataConfig(source="stdlib", tokenizer="bytes", sequence_length=512, batch_size=8),
         optimizer=OptimizerConfig(peak_learning_rate=2e-3, schedule="cosine", warmup_steps=30),

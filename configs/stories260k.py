@@ -11,7 +11,7 @@ new attention learns what the old one gives; go on from it with
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -38,7 +38,7 @@ def get_config(stage: str = "finetune") -> Config:
             feed_forward_size=172,
             positions=512,
             tie_embeddings=True,
-            attention=AttentionConfig(local="softmax", group_size=64, local_groups=2),
+            attention=AugmentedConfig(local="softmax", group_size=64, local_groups=2),
         ),
         data=DataConfig(
             source="text",

@@ -1,11 +1,11 @@
 """The paper's ablations at a size for one CPU: 300 steps of a small FLASH on WikiText-2.
 
 One row of the table each: --config.model.attention=NAME --config.workdir=runs/wikitext2/NAME, with a name of
-lin_jax.attentions.settings.ABLATIONS. Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
+the presets of lin_jax.attentions. Files elsewhere: --config.data.path=FILE --config.data.validation_path=FILE
 """
 
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -23,7 +23,7 @@ def get_config() -> Config:
             width=256,
             depth=4,
             query_key_size=64,
-            attention=AttentionConfig(local="laplace", group_size=64),
+            attention=AugmentedConfig(local="laplace", group_size=64),
         ),
         data=DataConfig(
             source="text",

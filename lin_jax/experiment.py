@@ -2,18 +2,21 @@
 
 import dataclasses
 
-from lin_jax.attentions.settings import ABLATIONS as ABLATIONS
-from lin_jax.attentions.settings import AttentionConfig as AttentionConfig
-from lin_jax.attentions.settings import ablate as ablate
+from lin_jax.attentions.augmented import AugmentedConfig as AugmentedConfig
+from lin_jax.attentions.base import AttentionConfig as AttentionConfig
+from lin_jax.attentions.longlora import LongloraConfig as LongloraConfig
+from lin_jax.attentions.quadratic import QuadraticConfig as QuadraticConfig
+from lin_jax.attentions.registry import preset_attention as preset_attention
+from lin_jax.attentions.softmax import SoftmaxConfig as SoftmaxConfig
 from lin_jax.chips import is_plan
 from lin_jax.layers.rope import RopeConfig as RopeConfig
-from lin_jax.models.flash_settings import FlashConfig as FlashConfig
-from lin_jax.models.gpt2_settings import Gpt2Config as Gpt2Config
-from lin_jax.models.llama_settings import LlamaConfig as LlamaConfig
-from lin_jax.models.settings import ModelConfig as ModelConfig
-from lin_jax.models.settings import TransformerConfig as TransformerConfig
+from lin_jax.models.base import ModelConfig as ModelConfig
+from lin_jax.models.flash import FlashConfig as FlashConfig
+from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
+from lin_jax.models.llama import LlamaConfig as LlamaConfig
+from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import ConfigError as ConfigError
-from lin_jax.settings.base import require, section, setting
+from lin_jax.settings.base import require, section, setting, variants
 from lin_jax.settings.checkpoint import CheckpointConfig as CheckpointConfig
 from lin_jax.settings.data import DataConfig as DataConfig
 from lin_jax.settings.distributed import DistributedConfig as DistributedConfig
@@ -37,7 +40,7 @@ class Config(Settings):
     workdir: str = setting(
         "runs/experiment", "directory of checkpoints, metrics, pictures, also gs://BUCKET/DIR; a rerun resumes from it"
     )
-    model: ModelConfig = section(FlashConfig, "the model: a FlashConfig, LlamaConfig or Gpt2Config")
+    model: ModelConfig = variants(FlashConfig, MODELS, "the model")
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the training loop")
@@ -59,10 +62,8 @@ class Config(Settings):
             not self.plan or is_plan(self.plan),
             f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
         )
-        require(
-            self.data.packing != "segments" or not isinstance(self.model, FlashConfig) or self.model.padding == "exact",
-            "data.packing=segments keeps documents apart, but model.padding=released mixes them: use padding=exact",
-        )
+        if self.data.packing == "segments":
+            self.model.check_segments()
         require(
             self.data.batch_size % self.train.microbatches == 0,
             f"data.batch_size={self.data.batch_size} is not divisible by train.microbatches={self.train.microbatches}",
@@ -72,10 +73,10 @@ class Config(Settings):
             "data.tokenizer=checkpoint needs finetune.checkpoint",
         )
         task_of(self).check()
+        limit = self.model.row_limit
         require(
-            not isinstance(self.model, Gpt2Config) or self.data.sequence_length <= self.model.positions,
-            f"data.sequence_length={self.data.sequence_length} is more than the model's "
-            f"positions={getattr(self.model, 'positions', None)}",
+            limit is None or self.data.sequence_length <= limit,
+            f"data.sequence_length={self.data.sequence_length} is more than the model's positions={limit}",
         )
         require(
             self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",

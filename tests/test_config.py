@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from lin_jax.attentions.registry import ATTENTIONS, preset_names
 from lin_jax.experiment import (
-    ABLATIONS,
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -14,22 +14,21 @@ from lin_jax.experiment import (
     FlashConfig,
     MeshConfig,
     OptimizerConfig,
+    SoftmaxConfig,
     TrainConfig,
-    ablate,
+    preset_attention,
 )
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (AttentionConfig, {"group_size": 0}, "group_size must be greater than 0, but is 0"),
-        (AttentionConfig, {"local_groups": 0}, "local_groups must be greater than 0"),
-        (AttentionConfig, {"feature_size": -1}, "feature_size must be greater than 0"),
-        (AttentionConfig, {"feature_map": "fourier", "feature_size": 7}, "feature_size must be even"),
-        (AttentionConfig, {"convolution": -1}, "convolution must be 0 or more, but is -1"),
-        (AttentionConfig, {"local": "none", "grouped": False, "convolution": 0}, "nothing to compute"),
-        (AttentionConfig, {"kind": "quadratic", "local": "softmax"}, "kind=quadratic needs local=relu2"),
-        (AttentionConfig, {"kind": "quadratic", "local": "none"}, "kind=quadratic needs local=relu2"),
+        (AugmentedConfig, {"group_size": 0}, "group_size must be greater than 0, but is 0"),
+        (AugmentedConfig, {"local_groups": 0}, "local_groups must be greater than 0"),
+        (AugmentedConfig, {"feature_size": -1}, "feature_size must be greater than 0"),
+        (AugmentedConfig, {"feature_map": "fourier", "feature_size": 7}, "feature_size must be even"),
+        (AugmentedConfig, {"convolution": -1}, "convolution must be 0 or more, but is -1"),
+        (AugmentedConfig, {"local": "none", "grouped": False, "convolution": 0}, "nothing to compute"),
         *[
             (FlashConfig, {name: 0}, f"{name} must be greater than 0, but is 0")
             for name in ("vocabulary_size", "width", "depth", "query_key_size", "bias_max_distance")
@@ -97,24 +96,29 @@ def test_refuses(kind, fields, message):
 
 
 def test_what_lies_on_a_border_is_taken():
-    AttentionConfig(group_size=1, local="none", grouped=False, convolution=1)
-    AttentionConfig(kind="softmax", local="none", grouped=False, convolution=0)
+    AugmentedConfig(group_size=1, local="none", grouped=False, convolution=1)
+    SoftmaxConfig(local="none", grouped=False)
     FlashConfig(rotary_size=0, bias_buckets=4, bias_max_distance=3)
     OptimizerConfig(beta1=0.0, gradient_clip=0.0)
     Config(train=TrainConfig(steps=1), optimizer=OptimizerConfig(schedule="constant", warmup_steps=5))
     Config(data=DataConfig(source="text", validation_path=("held_out.txt",), packing="segments"))
 
 
-@pytest.mark.parametrize("name", sorted(ABLATIONS))
+@pytest.mark.parametrize("name", sorted(preset_names()))
 def test_an_ablation_keeps_what_it_does_not_name(name):
-    attention = AttentionConfig(group_size=7, local="laplace", local_groups=3, convolution=9)
-    changed = dataclasses.asdict(ablate(attention, name))
-    assert changed == {**dataclasses.asdict(attention), **ABLATIONS[name]}
+    attention = AugmentedConfig(group_size=7, local="laplace", local_groups=3, convolution=9)
+    changed, kind = preset_attention(attention, name), preset_names()[name]
+    assert changed.kind == kind and type(changed) is ATTENTIONS[kind].settings
+    expected = {**dataclasses.asdict(attention), "kind": kind, **ATTENTIONS[kind].presets[name]}
+    fields = dataclasses.asdict(changed)
+    assert {field: value for field, value in fields.items() if field in expected} == {
+        field: value for field, value in expected.items() if field in fields
+    }
 
 
 def test_unknown_ablation():
     with pytest.raises(ConfigError, match="unknown ablation 'best'; there are local, grouped"):
-        ablate(AttentionConfig(), "best")
+        preset_attention(AugmentedConfig(), "best")
 
 
 def all_fields(kind):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lin_jax.data.pipeline import validation_batches
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -132,7 +132,7 @@ def settings(tmp_path_factory):
                 depth=2,
                 query_key_size=8,
                 rotary_size=4,
-                attention=AttentionConfig(group_size=8, convolution=4),
+                attention=AugmentedConfig(group_size=8, convolution=4),
             ),
             "data": DataConfig(
                 source="text",

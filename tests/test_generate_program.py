@@ -22,13 +22,14 @@ from lin_jax.decode.speed import Speed
 from lin_jax.decode.stream import stream_texts
 from lin_jax.decode.text import TextGenerator, make_config
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     Config,
     ConfigError,
     GenerateConfig,
     LlamaConfig,
     MedusaConfig,
     SamplingConfig,
+    SoftmaxConfig,
 )
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
@@ -46,9 +47,9 @@ MODEL = LlamaConfig(
     head_size=8,
     feed_forward_size=16,
     positions=48,
-    attention=AttentionConfig(group_size=8, convolution=4),
+    attention=AugmentedConfig(group_size=8, convolution=4),
 )
-SOFTMAX = dataclasses.replace(MODEL, attention=AttentionConfig(kind="softmax", convolution=0))
+SOFTMAX = dataclasses.replace(MODEL, attention=SoftmaxConfig())
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 12, "block": 4, "prefill_chunk": 8, "batch_size": 3}
 FLAGS = [text for name, value in SAMPLED.items() for text in (f"--{name}", str(value))]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} </s>{% endfor %}{{ 'a' if add_generation_prompt }}"

@@ -17,10 +17,10 @@ from lin_jax.convert.names import load, to_theirs
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads
 from lin_jax.decode.generate import generate_tokens
-from lin_jax.experiment import AttentionConfig, GenerateConfig, ablate
+from lin_jax.experiment import AttentionConfig, AugmentedConfig, GenerateConfig, LongloraConfig, preset_attention
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.layers.rope import rotation
-from lin_jax.models.gated_attention import place
+from lin_jax.layers.rows import place
 from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
 from lin_jax.ops.linear_attention import verify
@@ -77,18 +77,18 @@ def attention_of(case: Golden) -> AttentionConfig:
     values = case.info["config"]
     flags, taps = values.get("flags", {}), (values.get("conv_kernel") or 0) // 2 + 1
     if case.family == "llama_bench":
-        return AttentionConfig(
+        return AugmentedConfig(
             group_size=values["group_size"], convolution=values["res_kernel_size"] // 2 + 1, grouped_weight="one"
         )
     if case.family == "gpt2":
         kinds = {"LOCAL_ATTN": "local", "GLOBAL_ATTN": "grouped", "BOTH_ATTN": "local_grouped", "AUG": "augmented"}
         kind = next((kinds[flag] for flag in kinds if flags[flag]), "softmax")
         weight = "learned" if kind == "augmented" else "one"
-        base = AttentionConfig(group_size=flags["GROUP_SIZE"], convolution=taps, grouped_weight=weight)
-        return ablate(base, kind)
+        base = AugmentedConfig(group_size=flags["GROUP_SIZE"], convolution=taps, grouped_weight=weight)
+        return preset_attention(base, kind)
     if not flags["USE_LINEAR"]:
-        return AttentionConfig(kind="longlora", convolution=0, longlora_split=flags["split"], longlora_shift="released")
-    return AttentionConfig(
+        return LongloraConfig(split=flags["split"], shift="released")
+    return AugmentedConfig(
         group_size=flags["GROUP_SIZE"],
         grouped=bool(flags["USE_GLOBAL"]),
         convolution=taps if flags["ADD_CONV"] or flags["USE_CASTLING"] else 0,
@@ -221,7 +221,7 @@ def check_llama_bench(case: Golden) -> None:
     load(attention, table, theirs, 0, ())
     graph, state = nnx.split(attention)
     B, T, _ = inputs["hidden_states"].shape
-    rows = place(None, (B, T), "exact")
+    rows = place(None, (B, T))
     turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
 
     def loss(state, x):
@@ -270,7 +270,7 @@ def load_medusa(case: Golden):
     values, theirs = case.info["config"], case.arrays("param")
     backbone = {k.removeprefix("base_model."): x for k, x in theirs.items() if k.startswith("base_model.")}
     flags = values["flags"]
-    attention = AttentionConfig(
+    attention = AugmentedConfig(
         group_size=flags["GROUP_SIZE"],
         grouped=bool(flags["USE_GLOBAL"]),
         grouped_weight="learned" if flags["GLOBAL_FACTOR"] else "one",

@@ -4,17 +4,19 @@ import itertools
 
 import pytest
 
+from lin_jax.attentions.registry import preset_names
 from lin_jax.experiment import (
-    ABLATIONS,
-    AttentionConfig,
+    AugmentedConfig,
     Config,
     ConfigError,
     DataConfig,
     FlashConfig,
     Gpt2Config,
     LlamaConfig,
+    LongloraConfig,
+    QuadraticConfig,
     RopeConfig,
-    ablate,
+    preset_attention,
 )
 from lin_jax.settings.command_line import (
     apply_overrides,
@@ -106,15 +108,15 @@ def test_order_does_not_matter():
     ]
     results = {apply_overrides(Config(), order) for order in itertools.permutations(overrides)}
     assert len(results) == 1
-    assert results.pop().model.attention == ablate(AttentionConfig(group_size=64), "local_grouped")
+    assert results.pop().model.attention == preset_attention(AugmentedConfig(group_size=64), "local_grouped")
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", preset_names())
 def test_ablation_by_one_override(name):
     # FLASH has every kind but one, which the others have.
     config = Config(model=LlamaConfig()) if name == "longlora" else Config()
     changed = apply_overrides(config, [f"--config.model.attention={name}"])
-    assert changed.model.attention == ablate(config.model.attention, name)
+    assert changed.model.attention == preset_attention(config.model.attention, name)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,10 @@ def test_settings_without_an_architecture_are_flash():
 
 
 ATTENTION = {
-    "kind=quadratic": AttentionConfig(kind="quadratic"),
-    "causal=false": AttentionConfig(causal=False),
-    "feature_map=favor": AttentionConfig(feature_map="favor"),
-    "a layer that depth=2 does not have": AttentionConfig(softmax_layers=(0, 2)),
+    "kind=quadratic": QuadraticConfig(),
+    "causal=false": AugmentedConfig(causal=False),
+    "feature_map=favor": AugmentedConfig(feature_map="favor"),
+    "a layer that depth=2 does not have": AugmentedConfig(softmax_layers=(0, 2)),
 }
 
 
@@ -187,10 +189,10 @@ def test_attention_that_a_transformer_does_not_have(kind, message):
         (lambda: Gpt2Config(width=50, heads=4), "width=50 is not divisible by heads=4"),
         (lambda: Gpt2Config(labels=-1), "labels must be 0 or more"),
         (lambda: RopeConfig(factor=0.5), "factor must be 1 or more"),
-        (lambda: AttentionConfig(softmax_layers=(1, 1)), "different layers"),
-        (lambda: AttentionConfig(softmax_layers=(-1,)), "different layers"),
-        (lambda: FlashConfig(attention=AttentionConfig(kind="longlora")), "not for FLASH"),
-        (lambda: FlashConfig(attention=AttentionConfig(softmax_layers=(0,))), "softmax_layers=.* not for FLASH"),
+        (lambda: AugmentedConfig(softmax_layers=(1, 1)), "different layers"),
+        (lambda: AugmentedConfig(softmax_layers=(-1,)), "different layers"),
+        (lambda: FlashConfig(attention=LongloraConfig()), "not for FLASH"),
+        (lambda: FlashConfig(attention=AugmentedConfig(softmax_layers=(0,))), "softmax_layers=.* not for FLASH"),
         (lambda: Config(model=Gpt2Config(positions=64)), "sequence_length=1024 is more than the model's positions=64"),
     ],
 )

@@ -25,7 +25,7 @@ def get_config(workdir):
         workdir=workdir,
         model=FlashConfig(
             vocabulary_size=257, width=16, depth=2, query_key_size=8, rotary_size=4,
-            attention=AttentionConfig(group_size=8, convolution=4),
+            attention=AugmentedConfig(group_size=8, convolution=4),
         ),
         data=DataConfig(
             source="text", path=(CORPUS,), cache_directory=workdir + "-cache", sequence_length=32, batch_size=8

@@ -1,22 +1,25 @@
 """Another attention for the same weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
 
-from lin_jax.attentions.settings import AttentionConfig
 from lin_jax.convert.hugging_face import ModelWeights, shapes_of
 from lin_jax.experiment import Config
-from lin_jax.models.gpt2_settings import Gpt2Config
-from lin_jax.models.llama_settings import LlamaConfig
-from lin_jax.models.settings import ModelConfig
+from lin_jax.models.base import ModelConfig
+from lin_jax.models.flops import roles_of
+from lin_jax.models.registry import create_model
+from lin_jax.models.structure import make_structure
 from lin_jax.settings.base import require
 from lin_jax.settings.command_line import apply_overrides
 
-# Where parameters of linearized attention start, by the last part of their path: as a fresh model's.
-STARTS = {"alpha": 0.0, "filter": 0.0, "local_factor": 1.0}
+# Of the random numbers of new parameters.
+SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ def target_config(config: Config, attention: str | None, overrides: list[str]) -
 
     Args:
         config: the source's.
-        attention: a name of `lin_jax.attentions.settings.ABLATIONS`; None keeps the source's attention.
+        attention: a name of `lin_jax.attentions.registry.preset_names`; None keeps the source's attention.
         overrides: `--config.model.field=value`.
 
     Raises:
@@ -43,16 +46,7 @@ def target_config(config: Config, attention: str | None, overrides: list[str]) -
         require(override.startswith("--config.model."), f"{override}: only --config.model fields can be given here")
     if attention is not None:
         overrides = [f"--config.model.attention={attention}", *overrides]
-    if overrides and config.model.attention.kind != "augmented":
-        start = dataclasses.replace(config.model, attention=_start(config.model))
-        config = dataclasses.replace(config, model=start)
     return apply_overrides(config, overrides)
-
-
-def _start(model: ModelConfig) -> AttentionConfig:
-    """What a change of a model that is not linearized starts from."""
-    transformer = isinstance(model, LlamaConfig | Gpt2Config)
-    return type(model)().attention if transformer else model.attention
 
 
 def change_attention(weights: ModelWeights, config: ModelConfig, dtype: str | None = None) -> Changed:
@@ -64,14 +58,15 @@ def change_attention(weights: ModelWeights, config: ModelConfig, dtype: str | No
     shapes, arrays = shapes_of(config), weights.arrays
     new = tuple(path for path in shapes if path not in arrays)
     unused = tuple(path for path in arrays if path not in shapes)
+    roles = {".".join(path): roles for of in (weights.config, config) for path, roles in roles_of(of).items()}
     for path in new:
-        require(_last(path) in STARTS, f"{path} of the result is not in the source: only its attention can change")
+        require("new" in roles[path], f"{path} of the result is not in the source: only its attention can change")
     for path in unused:
-        require(_last(path) in STARTS, f"the result has no place for {path}: only its attention can change")
+        require("new" in roles[path], f"the result has no place for {path}: only its attention can change")
     found = {path: array for path, array in arrays.items() if path in shapes}
     _check_shapes(found, shapes)
-    for path in new:
-        found[path] = jnp.full(shapes[path].shape, STARTS[_last(path)], dtype or shapes[path].dtype)
+    for path, start in _starts(config, new).items():
+        found[path] = start.astype(dtype or shapes[path].dtype)
     arrays = {path: found[path] for path in shapes}
     return Changed(dataclasses.replace(weights, config=config, arrays=arrays), new, unused)
 
@@ -85,5 +80,13 @@ def _check_shapes(arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         )
 
 
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
+def _starts(config: ModelConfig, paths: Sequence[str]) -> dict[str, Array]:
+    """Some parameters of a fresh model; the others are never made."""
+    structure = make_structure(lambda rngs: create_model(config, rngs))
+
+    @jax.jit
+    def start() -> dict[str, Array]:
+        flat = nnx.traversals.flatten_mapping(structure.initialise(jnp.uint32(SEED))[0])
+        return {path: flat[tuple(path.split("."))] for path in paths}
+
+    return start() if paths else {}

@@ -1,18 +1,20 @@
 """The official FLASHTransformer (PyTorch state dict) and our Flash."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lin_jax.attentions.settings import AttentionConfig, Kind, Local
+from lin_jax.attentions.augmented import AugmentedConfig
+from lin_jax.attentions.base import AttentionConfig
+from lin_jax.attentions.quadratic import QuadraticConfig
+from lin_jax.attentions.softmax import SoftmaxConfig
 from lin_jax.convert.names import Entry, centred_filter, load, scalar, to_theirs, transposed
 from lin_jax.convert.tensors import Renamed, Tensors
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.models.flash import Flash
-from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.models.flash import Flash, FlashConfig
 from lin_jax.settings.base import ConfigError
 
 # Computed from the config, in the official code as in ours.
@@ -45,25 +47,14 @@ def name_table(config: FlashConfig, kernel: int) -> list[Entry]:
     else:
         table.append(Entry(layer + "norm.weight", "layers.norm.weight"))
         table.append(Entry(layer + "norm.bias", "layers.norm.bias"))
-    if config.attention.kind == "augmented" and config.attention.convolution:
+    if isinstance(config.attention, AugmentedConfig) and config.attention.convolution:
         table.append(centred_filter(layer + "dwconv.weight", "layers.filter", kernel // 2 + 1))
     return table
 
 
 def config_from_official(official: Mapping[str, Any]) -> FlashConfig:
     """Our config of the official model's constructor arguments; padding is as released."""
-    kind: Kind = "softmax" if official["softmax"] else "quadratic" if official["square"] else "augmented"
-    whole_row = kind != "augmented"
-    activation: Local = "laplace" if official["laplace_attn_fn"] else "relu2"
-    attention = AttentionConfig(
-        kind=kind,
-        local=activation if whole_row or official["local_"] else "none",
-        grouped=bool(official["global_"]) and not whole_row,
-        convolution=official["kernel"] // 2 + 1 if official["conv"] and not whole_row else 0,
-        castling=bool(official["castling"] and official["conv"] and not whole_row),
-        causal=official["causal"],
-        group_size=official["group_size"],
-    )
+    attention = _attention_from_official(official)
     return FlashConfig(
         vocabulary_size=official["num_tokens"],
         width=official["dim"],
@@ -75,6 +66,22 @@ def config_from_official(official: Mapping[str, Any]) -> FlashConfig:
         rotary_size=min(official["rotary_dim"], official["query_key_dim"]),
         attention=attention,
         padding="released",
+    )
+
+
+def _attention_from_official(official: Mapping[str, Any]) -> AttentionConfig:
+    activation: Literal["laplace", "relu2"] = "laplace" if official["laplace_attn_fn"] else "relu2"
+    if official["softmax"]:
+        return SoftmaxConfig(causal=official["causal"])
+    if official["square"]:
+        return QuadraticConfig(local=activation, causal=official["causal"])
+    return AugmentedConfig(
+        local=activation if official["local_"] else "none",
+        grouped=bool(official["global_"]),
+        convolution=official["kernel"] // 2 + 1 if official["conv"] else 0,
+        castling=bool(official["castling"] and official["conv"]),
+        causal=official["causal"],
+        group_size=official["group_size"],
     )
 
 
@@ -120,7 +127,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> FlashConfig:
         norm="scalenorm" if layer + "norm.g" in shapes else "layernorm",
         rotary_size=min(2 * frequencies[0], key_size),
         bias_buckets=buckets,
-        attention=AttentionConfig(local="laplace", convolution=kernel_of(shapes) // 2 + 1 if _FILTER in shapes else 0),
+        attention=AugmentedConfig(local="laplace", convolution=kernel_of(shapes) // 2 + 1 if _FILTER in shapes else 0),
         padding="released",
     )
 
@@ -132,7 +139,7 @@ def kernel_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def ignored(config: FlashConfig) -> tuple[str, ...]:
     """Ends of names that hold no parameters; the official code makes the filter also where it never uses it."""
-    has_filter = config.attention.kind == "augmented" and config.attention.convolution
+    has_filter = isinstance(config.attention, AugmentedConfig) and config.attention.convolution
     return IGNORED if has_filter else (*IGNORED, "dwconv.weight")
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.attentions.settings import AttentionConfig
+from lin_jax.attentions.augmented import AugmentedConfig
+from lin_jax.convert.conversion import Conversion, attention_entries
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
-from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
-from lin_jax.models.gpt2_settings import Gpt2Config
+from lin_jax.convert.names import Entry, transposed
+from lin_jax.models.gpt2 import Gpt2Config
 from lin_jax.settings.base import require
 
 # The names of what may be tied, and whether it is where config.json does not say.
@@ -26,7 +27,7 @@ _NORMS = {"ln_1": "attention_norm", "ln_2": "feed_forward_norm"}
 
 def name_table(config: Gpt2Config) -> list[Entry]:
     """One entry a parameter."""
-    layer, attention = "transformer.h.{layer}.", config.attention
+    layer = "transformer.h.{layer}."
     table = [
         Entry(EMBEDDING, "embedding"),
         Entry("transformer.wpe.weight", "position_embedding"),
@@ -43,15 +44,7 @@ def name_table(config: Gpt2Config) -> list[Entry]:
         table.append(transposed(HEAD, "logits.kernel"))
     if config.labels:
         table.append(transposed("score.weight", "score.kernel"))
-    if attention.kind != "augmented":
-        return table
-    if attention.grouped and attention.grouped_weight == "learned":
-        table.append(scalar(layer + "attn.alpha", "layers.mixing.alpha"))
-    if attention.local != "none" and attention.local_weight == "learned":
-        table.append(scalar(layer + "attn.local_factor", "layers.mixing.local_factor"))
-    if attention.convolution:
-        table.append(centred_filter(layer + "attn.dconv_ada.weight", "layers.mixing.filter", attention.convolution))
-    return table
+    return table + attention_entries(config, "gpt2", layer + "attn.", "layers.mixing.")
 
 
 def ignored(config: Gpt2Config) -> tuple[str, ...]:
@@ -88,12 +81,12 @@ def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tup
     )
 
 
-def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AttentionConfig | None:
+def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfig | None:
     """What the names of an official linearized checkpoint tell: it has both parameters or none."""
     kernels = [shape[2] for name, shape in shapes.items() if name.endswith("attn.dconv_ada.weight")]
     if not kernels or not names_ending(shapes, "attn.alpha"):
         return None
-    return AttentionConfig(group_size=64, convolution=kernels[0] // 2 + 1)
+    return AugmentedConfig(group_size=64, convolution=kernels[0] // 2 + 1)
 
 
 def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
@@ -120,3 +113,17 @@ def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
 def extra_tensors(config: Gpt2Config) -> dict[str, np.ndarray]:
     """None: the official GPT-2 code computes its masks."""
     return {}
+
+
+CONVERSION = Conversion(
+    model_type="gpt2",
+    name_table=name_table,
+    ignored=ignored,
+    config_from=config_from_hugging_face,
+    config_to=config_to_hugging_face,
+    extra_tensors=extra_tensors,
+    embedding=EMBEDDING,
+    head=HEAD,
+    is_tied=IS_TIED,
+    conv1d=CONV1D,
+)

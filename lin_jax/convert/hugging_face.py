@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,23 +13,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lin_jax.convert import gpt2, llama
 from lin_jax.convert.adapter import Adapted
 from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tensors
+from lin_jax.convert.conversion import Conversion, conversion_of, conversion_of_type
 from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
 from lin_jax.convert.tensors import Renamed, Tensor, Tensors, are_equal
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.models.gpt2_settings import Gpt2Config
-from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import create_model
-from lin_jax.models.settings import ModelConfig
 from lin_jax.models.structure import make_structure
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.sharding import default_partition
-
-# model_type of config.json -> what knows its names.
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "gpt2": gpt2}
-_TYPES: dict[type, ModuleType] = {LlamaConfig: llama, Gpt2Config: gpt2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +87,13 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, placement: P
         ConfigError: it is not one, of an unknown architecture, or its files do not agree with each other.
     """
     values = read_config(directory)
-    kind = values.get("model_type")
-    require(kind in FAMILIES, f"{directory}: unknown architecture {kind!r}; there are {', '.join(FAMILIES)}")
-    family, tensors = FAMILIES[str(kind)], _tensors_in(directory)
-    is_tied = bool(values.get("tie_word_embeddings", family.IS_TIED))
+    family, tensors = conversion_of_type(values.get("model_type"), str(directory)), _tensors_in(directory)
+    is_tied = bool(values.get("tie_word_embeddings", family.is_tied))
     if is_tied:
         tensors, is_tied = _untie(tensors, adapter, family)
     elif adapter is not None:
-        tensors = Adapted(tensors, adapter, family.CONV1D)
-    config = family.config_from_hugging_face({**values, "tie_word_embeddings": is_tied}, tensors.shapes)
+        tensors = Adapted(tensors, adapter, family.conv1d)
+    config = family.config_from({**values, "tie_word_embeddings": is_tied}, tensors.shapes)
     return read_tensors(config, family.name_table(config), tensors, family.ignored(config), placement)
 
 
@@ -115,30 +106,30 @@ def _tensors_in(directory: Path) -> Tensors:
     return Renamed(tensors, {name if name in heads else f"transformer.{name}": name for name in tensors})
 
 
-def _untie(tensors: Tensors, adapter: Path | None, family: ModuleType) -> tuple[Tensors, bool]:
+def _untie(tensors: Tensors, adapter: Path | None, family: Conversion) -> tuple[Tensors, bool]:
     """Return the tensors of a model whose config.json says that head and embedding are one, and whether they are.
 
     The tensors decide, as in transformers: a file that holds both, not equal, has a head of its own; one that holds
     either alone means both by it. An adapter changes the one that it names, as PEFT does while it trains, and not the
     other, unless its `ensure_weight_tying` says so.
     """
-    pair = {family.EMBEDDING, family.HEAD}
+    pair = {family.embedding, family.head}
     found = pair & tensors.keys()
     if len(found) == 1:
         alone = next(iter(found))
         tensors = Renamed(tensors, dict.fromkeys(pair, alone) | {name: name for name in tensors})
-    source, are_one = family.EMBEDDING, len(found) == 1
+    source, are_one = family.embedding, len(found) == 1
     if adapter is not None:
-        adapted = Adapted(tensors, adapter, family.CONV1D)
+        adapted = Adapted(tensors, adapter, family.conv1d)
         tensors, changed = adapted, pair & adapted.changed
         if changed and adapted.ties:
-            source, are_one = (source if source in changed else family.HEAD), True
+            source, are_one = (source if source in changed else family.head), True
         else:
             are_one = are_one and not changed
-    are_one = are_one or (len(found) > 0 and are_equal(tensors, family.EMBEDDING, family.HEAD))
+    are_one = are_one or (len(found) > 0 and are_equal(tensors, family.embedding, family.head))
     if not are_one:
         return tensors, False
-    return Renamed(tensors, {name: name for name in tensors if name not in pair} | {family.EMBEDDING: source}), True
+    return Renamed(tensors, {name: name for name in tensors if name not in pair} | {family.embedding: source}), True
 
 
 def read_tensors(
@@ -211,24 +202,14 @@ def write_hugging_face(directory: Path, weights: ModelWeights, dtype: str | None
     Raises:
         ConfigError: Hugging Face has no such model.
     """
-    family, config = family_of(weights.config), weights.config
+    family, config = conversion_of(weights.config), weights.config
     kind = dtype or np.dtype(weights.arrays["embedding"].dtype).name
-    values = {**family.config_to_hugging_face(config), "torch_dtype": kind, **more}
+    values = {**family.config_to(config), "torch_dtype": kind, **more}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_tensors(directory, list(_tensors(family, weights, dtype)))
 
 
-def family_of(config: ModelConfig) -> ModuleType:
-    """What knows the names of a model; raises `ConfigError` where Hugging Face has no such model."""
-    family = _TYPES.get(type(config))
-    if family is None:
-        raise ConfigError(
-            f"only {' and '.join(FAMILIES)} models have Hugging Face's form, but this is a {config.architecture} model"
-        )
-    return family
-
-
-def _tensors(family: ModuleType, weights: ModelWeights, dtype: str | None) -> Iterator[Tensor]:
+def _tensors(family: Conversion, weights: ModelWeights, dtype: str | None) -> Iterator[Tensor]:
     for tensor in tensors_of(family.name_table(weights.config), weights.arrays, weights.config.depth):
         yield tensor if dtype is None else dataclasses.replace(tensor, dtype=np.dtype(dtype))
     for name, array in family.extra_tensors(weights.config).items():

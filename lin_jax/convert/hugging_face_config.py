@@ -1,20 +1,16 @@
 """What the config.json files of all architectures have in common."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lin_jax.attentions.settings import AttentionConfig
+from lin_jax.attentions.base import AttentionConfig
+from lin_jax.attentions.registry import ATTENTIONS
+from lin_jax.attentions.softmax import SoftmaxConfig
 from lin_jax.settings.base import ConfigError
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
 
 # Our key in a config.json: which attention the tensors were trained with. Other programs pass over it.
 KEY = "lin_jax"
-
-
-def softmax_attention() -> AttentionConfig:
-    """The attention of a model that was not linearized."""
-    return AttentionConfig(kind="softmax", convolution=0, group_size=64)
 
 
 def find(values: Mapping[str, Any], name: str) -> Any:
@@ -27,8 +23,13 @@ def find(values: Mapping[str, Any], name: str) -> Any:
 def attention_from(values: Mapping[str, Any], official: AttentionConfig | None) -> AttentionConfig:
     """The attention under our key; else what the names of the tensors tell; else softmax."""
     if KEY in values:
-        return config_from_dict(values[KEY]["attention"], AttentionConfig, f"config.json: {KEY}.attention")
-    return official or softmax_attention()
+        return attention_from_dict(values[KEY]["attention"], f"config.json: {KEY}.attention")
+    return official or SoftmaxConfig()
+
+
+def attention_from_dict(values: Mapping[str, Any], name: str) -> AttentionConfig:
+    """Return settings of the kind that `values` name; raises `ConfigError`, which calls them `name`."""
+    return config_from_dict(dict(values), ATTENTIONS[values["kind"]].settings, name)
 
 
 def attention_to(attention: AttentionConfig) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def attention_to(attention: AttentionConfig) -> dict[str, Any]:
     if attention.kind == "softmax":
         return {}
     # The form that computes it belongs to a machine, not to a checkpoint.
-    return {KEY: {"attention": config_to_dict(dataclasses.replace(attention, implementation=None))}}
+    return {KEY: {"attention": {**config_to_dict(attention), "implementation": None}}}
 
 
 def compute_type(values: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:

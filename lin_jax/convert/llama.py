@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from lin_jax.attentions.settings import AttentionConfig
+from lin_jax.attentions.augmented import AugmentedConfig
+from lin_jax.convert.conversion import Conversion, attention_entries
 from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
-from lin_jax.convert.names import Entry, centred_filter, scalar, transposed
+from lin_jax.convert.names import Entry, transposed
 from lin_jax.layers.rope import RopeConfig
-from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.llama import LlamaConfig
 from lin_jax.settings.base import require
 
 # The names of what may be tied, whether it is where config.json does not say, and matrices kept as [inputs, outputs].
 EMBEDDING, HEAD, IS_TIED = "model.embed_tokens.weight", "lm_head.weight", False
-CONV1D: tuple[str, ...] = ()
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -46,20 +46,12 @@ def ignored(config: LlamaConfig) -> tuple[str, ...]:
 
 def attention_table(config: LlamaConfig, theirs: str, ours: str) -> list[Entry]:
     """The entries of one attention, whose names begin with `theirs` and `ours`."""
-    attention, table = config.attention, []
+    table = []
     for name, path in _PROJECTIONS.items():
         table.append(transposed(f"{theirs}{name}.weight", f"{ours}{path}.kernel"))
         if config.attention_bias:
             table.append(Entry(f"{theirs}{name}.bias", f"{ours}{path}.bias"))
-    if attention.kind != "augmented":
-        return table
-    if attention.grouped and attention.grouped_weight == "learned":
-        table.append(scalar(theirs + "global_factor", ours + "mixing.alpha"))
-    if attention.local != "none" and attention.local_weight == "learned":
-        table.append(scalar(theirs + "local_factor", ours + "mixing.local_factor"))
-    if attention.convolution:
-        table.append(centred_filter(theirs + "dwconv.weight", ours + "mixing.filter", attention.convolution))
-    return table
+    return table + attention_entries(config, "llama", theirs, ours + "mixing.")
 
 
 def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
@@ -90,7 +82,7 @@ def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tup
     )
 
 
-def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AttentionConfig | None:
+def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfig | None:
     """What the names of an official linearized checkpoint tell: the paper's group, and which parameters there are.
 
     Without `global_factor` the grouped branch has the weight 1, as in the official benchmark code.
@@ -99,7 +91,7 @@ def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AttentionConfi
     factors = {kind: names_ending(shapes, f"self_attn.{kind}_factor") for kind in ("global", "local")}
     if not kernels and not any(factors.values()):
         return None
-    return AttentionConfig(
+    return AugmentedConfig(
         group_size=64,
         convolution=kernels[0] // 2 + 1 if kernels else 0,
         grouped_weight="learned" if factors["global"] else "one",
@@ -159,8 +151,21 @@ def config_to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
 
 def extra_tensors(config: LlamaConfig) -> dict[str, np.ndarray]:
     """The masks that the official linearized code keeps beside its filters."""
-    taps = config.attention.convolution if config.attention.kind == "augmented" else 0
+    taps = config.attention.convolution if isinstance(config.attention, AugmentedConfig) else 0
     if not taps:
         return {}
     mask = (np.arange(2 * taps - 1) < taps).astype(np.float32).reshape(1, 1, -1, 1)
     return {f"model.layers.{layer}.self_attn.conv_mask": mask for layer in range(config.depth)}
+
+
+CONVERSION = Conversion(
+    model_type="llama",
+    name_table=name_table,
+    ignored=ignored,
+    config_from=config_from_hugging_face,
+    config_to=config_to_hugging_face,
+    extra_tensors=extra_tensors,
+    embedding=EMBEDDING,
+    head=HEAD,
+    is_tied=IS_TIED,
+)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lin_jax.attentions.settings import AttentionConfig
-from lin_jax.convert.hugging_face_config import softmax_attention
+from lin_jax.attentions.softmax import SoftmaxConfig
 from lin_jax.convert.tensors import Tensors
-from lin_jax.models.llama_settings import LlamaConfig
+from lin_jax.models.llama import LlamaConfig
 from lin_jax.settings.base import ConfigError, require
 
 _MARK, _HEADER = 0x616B3432, 256
@@ -126,7 +125,6 @@ def _read_head(file: Path) -> _Head | None:
 
 
 def _config(head: _Head) -> LlamaConfig:
-    attention: AttentionConfig = softmax_attention()
     return LlamaConfig(
         vocabulary_size=head.vocabulary,
         width=head.width,
@@ -138,7 +136,7 @@ def _config(head: _Head) -> LlamaConfig:
         positions=head.positions,
         norm_epsilon=1e-5,
         tie_embeddings=head.tied,
-        attention=attention,
+        attention=SoftmaxConfig(),
     )
 
 

@@ -11,9 +11,10 @@ from etils import epath
 
 from lin_jax.convert.attention import Changed, change_attention, target_config
 from lin_jax.convert.check import check_tokens, compare, logits_of, logits_of_transformers
+from lin_jax.convert.conversion import conversion_of
 from lin_jax.convert.directory import check_target, replacing, write_run, write_transformers
 from lin_jax.convert.hub import local_path
-from lin_jax.convert.hugging_face import ModelWeights, Placement, family_of
+from lin_jax.convert.hugging_face import ModelWeights, Placement
 from lin_jax.convert.source import Input, read_source, tokens_in
 from lin_jax.paths import absolute, check_remote, copy_directory, is_remote
 from lin_jax.settings.base import require
@@ -43,7 +44,7 @@ def convert(
         source_name: a directory of either kind, a file of llama2.c or with the official FLASH, or a model's name on
             the Hugging Face Hub.
         target: is made; replaced as a whole with `overwrite`.
-        attention: a name of `lin_jax.attentions.settings.ABLATIONS`; None keeps the source's.
+        attention: a name of `a preset, see `lin_jax.attentions.registry.preset_names``; None keeps the source's.
         overrides: `--config.model.field=value`.
         dtype: of the parameters that are written; None keeps that of each (but lin_jax has no float16, it takes
             float32). The type of activations is `--config.model.dtype`.
@@ -93,7 +94,7 @@ def _convert(
 ) -> Changed:
     source = read_source(given, place)
     if to == "hf":
-        family_of(source.weights.config)
+        conversion_of(source.weights.config)
     config = target_config(source.config, attention, list(given.overrides)).model
     changed = change_attention(source.weights, config, place.dtype)
     with replacing(target, overwrite) as directory:

@@ -14,9 +14,9 @@ from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import parameters_by_path
-from lin_jax.models.flash_settings import FlashConfig
+from lin_jax.models.base import ModelConfig
+from lin_jax.models.flash import FlashConfig
 from lin_jax.models.medusa import MedusaHeads, check_heads
-from lin_jax.models.settings import ModelConfig
 from lin_jax.settings.base import require
 from lin_jax.settings.command_line import apply_overrides
 from lin_jax.settings.data import DataConfig

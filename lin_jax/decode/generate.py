@@ -15,7 +15,7 @@ from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads, lookup
 from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
 from lin_jax.decode.trees import find_tree
-from lin_jax.models.language_model import LanguageModel, ModelState, unstacked
+from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.ops.tree import Tree, chain
 from lin_jax.settings.base import require
@@ -42,7 +42,7 @@ class Progress:
         steps_B: steps in which a row generated something.
     """
 
-    state: ModelState
+    state: DecoderState
     text_BX: Int[Array, "B X"]
     next_B: Int[Array, " B"]
     features_BC: Float[Array, "B C"]
@@ -81,7 +81,7 @@ class Generator:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Decoder,
         config: GenerateConfig,
         *,
         heads: MedusaHeads | None = None,
@@ -147,7 +147,7 @@ class Generator:
         new = np.int32(self.config.max_new_tokens)
         return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, keys_of, new)
 
-    def _read(self, text_BX: np.ndarray, length_B: np.ndarray, capacity: int) -> tuple[ModelState, Array]:
+    def _read(self, text_BX: np.ndarray, length_B: np.ndarray, capacity: int) -> tuple[DecoderState, Array]:
         """State and features of the last token of every row."""
         B, longest = len(length_B), int(length_B.max())
         T = min(self.config.prefill_chunk, 1 << (longest - 1).bit_length())
@@ -222,7 +222,7 @@ def read_rows(progress: Progress, lengths: Sequence[int]) -> list[Generated]:
 
 
 def generate_tokens(
-    model: LanguageModel,
+    model: Decoder,
     config: GenerateConfig,
     prompts: Sequence[np.ndarray],
     *,
@@ -234,7 +234,7 @@ def generate_tokens(
     return rows
 
 
-def _tree(model: LanguageModel, config: GenerateConfig, heads: MedusaHeads | None) -> Tree:
+def _tree(model: Decoder, config: GenerateConfig, heads: MedusaHeads | None) -> Tree:
     """The tree of guesses that the settings mean."""
     if config.draft == "none":
         return chain(1)
@@ -254,8 +254,8 @@ def _tree(model: LanguageModel, config: GenerateConfig, heads: MedusaHeads | Non
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _read_chunk(
-    graph: Any, arrays: Any, state: ModelState, features_BC: Array, tokens_BT: Array, count_B: Array
-) -> tuple[ModelState, Array]:
+    graph: Any, arrays: Any, state: DecoderState, features_BC: Array, tokens_BT: Array, count_B: Array
+) -> tuple[DecoderState, Array]:
     model = nnx.merge(graph, arrays)
     x_BTC, state = model.forward(tokens_BT, state, jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None])
     last_BC = jnp.take_along_axis(x_BTC, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -267,7 +267,7 @@ def _begin(
     graphs: tuple[Any, Any],
     plan: _Plan,
     arrays: tuple[Any, Any],
-    state: ModelState,
+    state: DecoderState,
     text_BX: Array,
     features_BC: Array,
     keys_of: tuple[Array, Array, Array],

@@ -6,12 +6,12 @@ from typing import TextIO
 
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.text import TextGenerator
-from lin_jax.models.language_model import LanguageModel
+from lin_jax.models.base import Decoder
 from lin_jax.settings.generate import GenerateConfig
 
 
 def write_own_texts(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, file: TextIO
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, file: TextIO
 ) -> Iterator[int]:
     """Continue prompts, and write each with its continuation as a line {"text": ...}, which `data.path` reads.
 

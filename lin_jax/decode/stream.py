@@ -37,7 +37,7 @@ def print_texts(generator: TextGenerator, prompts: Sequence[str]) -> None:
 
 
 def settled(row: Continuation, stop: Sequence[str]) -> str:
-    """Return the part of a text that may be shown: what further tokens leave as it is, without a stop string's start."""
+    """Return the part of a text that may be shown: what later tokens leave as it is, without a stop string's start."""
     if row.done:
         return row.text
     text = row.text[: row.fixed]

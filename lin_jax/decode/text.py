@@ -11,7 +11,7 @@ import numpy as np
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.generate import Generator
 from lin_jax.decode.running_text import RunningText
-from lin_jax.models.language_model import LanguageModel
+from lin_jax.models.base import Decoder
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.settings.base import require
 from lin_jax.settings.generate import GenerateConfig, SamplingConfig
@@ -40,9 +40,7 @@ class Continuation(NamedTuple):
 class TextGenerator:
     """A model with its tokenizer, prepared to continue texts."""
 
-    def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, config: GenerateConfig, heads: MedusaHeads | None = None
-    ):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, heads: MedusaHeads | None = None):
         """Check what is asked for; Medusa heads are the model's own unless they are given.
 
         Raises:
@@ -123,7 +121,7 @@ class TextGenerator:
 
 
 def generate(
-    model: LanguageModel,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

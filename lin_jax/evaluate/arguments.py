@@ -2,7 +2,7 @@
 
 import argparse
 
-from lin_jax.attentions.settings import ABLATIONS
+from lin_jax.attentions.registry import preset_names
 from lin_jax.evaluate.speculative import METHODS
 from lin_jax.settings.command_line import OneLineParser
 from lin_jax.settings.generate import GenerateConfig
@@ -29,6 +29,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     speculative.add_argument("--max-new-tokens", type=int, default=128, help="tokens after which a text ends")
     speculative.add_argument("--methods", nargs="+", choices=METHODS, default=["plain", "medusa"])
     speculative.add_argument("--tree", default=GenerateConfig().tree, help="a published tree, or a .json file of paths")
-    speculative.add_argument("--attention", nargs="+", choices=ABLATIONS, default=[], help="(default: the model's own)")
+    speculative.add_argument(
+        "--attention", nargs="+", choices=preset_names(), default=[], help="(default: the model's own)"
+    )
     speculative.add_argument("--split", action="store_true", help="also time the parts of a step")
     return parser

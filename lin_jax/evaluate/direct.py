@@ -3,24 +3,24 @@
 What sharing the state saves is measured against this. The tokens are the same.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lin_jax.models.language_model import LanguageModel, ModelState, unstacked
+from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.ops.tree import Tree, chain
 
 
-class DirectIntegration(LanguageModel):
+class DirectIntegration(Decoder):
     """A model that reads each of the L paths from a tree's root to its leaves in a row of its own.
 
     To its caller it has B rows, and all verbs of a language model; the layers' states have B * L.
     """
 
-    def __init__(self, model: LanguageModel, tree: Tree):
+    def __init__(self, model: Decoder, tree: Tree):
         """Verify `tree`, and no other, with `model`."""
         self.model, self.tree = unstacked(model), tree
         self.config = model.config
@@ -45,20 +45,22 @@ class DirectIntegration(LanguageModel):
 
     def head(self, x_BTC: Array) -> Array:
         """As the model."""
-        return cast(Array, self.model.head(x_BTC))
+        return self.model.head(x_BTC)
 
-    def empty_state(self, batch: int, capacity: int) -> ModelState:
+    def empty_state(self, batch: int, capacity: int) -> DecoderState:
         """A state for every candidate of every row."""
         state = self.model.empty_state(batch * self.candidates, capacity)
-        return ModelState(state.layers, jnp.zeros(batch, jnp.int32))
+        return DecoderState(state.layers, jnp.zeros(batch, jnp.int32))
 
-    def forward(self, tokens_BT: Array, state: ModelState, real_BT: Array | None = None) -> tuple[Array, ModelState]:
+    def forward(
+        self, tokens_BT: Array, state: DecoderState, real_BT: Array | None = None
+    ) -> tuple[Array, DecoderState]:
         """Every candidate reads the row's tokens."""
         real = None if real_BT is None else self._spread(real_BT)
         x_BTC, after = self.model.forward(self._spread(tokens_BT), self._inner(state), real)
-        return x_BTC[:: self.candidates], ModelState(after.layers, after.length_B[:: self.candidates])
+        return x_BTC[:: self.candidates], DecoderState(after.layers, after.length_B[:: self.candidates])
 
-    def verify(self, tokens_BM: Array, tree: Tree, state: ModelState) -> tuple[Array, tuple[Any, ...]]:
+    def verify(self, tokens_BM: Array, tree: Tree, state: DecoderState) -> tuple[Array, tuple[Any, ...]]:
         """Every candidate reads its path; features and what `commit` needs are then gathered by node."""
         paths_LP = self.tree.path_MP[self.tree.leaves]
         tokens = tokens_BM[:, paths_LP].reshape(-1, self.tree.height)
@@ -67,14 +69,14 @@ class DirectIntegration(LanguageModel):
         by_node = lambda x: x.reshape(-1, self.candidates, *x.shape[1:])[:, leaf_M, self.tree.depth_M]  # noqa: E731
         return by_node(x), jax.tree.map(by_node, pending)
 
-    def commit(self, state: ModelState, pending: tuple[Any, ...], path_BP: Array, count_B: Array) -> ModelState:
+    def commit(self, state: DecoderState, pending: tuple[Any, ...], path_BP: Array, count_B: Array) -> DecoderState:
         """The accepted path goes into the states of all candidates."""
         spread = jax.tree.map(self._spread, pending)
         after = self.model.commit(self._inner(state), spread, self._spread(path_BP), self._spread(count_B))
-        return ModelState(after.layers, state.length_B + count_B)
+        return DecoderState(after.layers, state.length_B + count_B)
 
     def _spread(self, x_B: Array) -> Array:
         return jnp.repeat(x_B, self.candidates, axis=0)
 
-    def _inner(self, state: ModelState) -> ModelState:
-        return ModelState(state.layers, self._spread(state.length_B))
+    def _inner(self, state: DecoderState) -> DecoderState:
+        return DecoderState(state.layers, self._spread(state.length_B))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lin_jax.attentions.settings import ablate
+from lin_jax.attentions.registry import preset_attention
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.generate import Generated, Generator, Progress, read_rows
 from lin_jax.decode.text import stop_ids
@@ -218,8 +218,8 @@ class _Method:
 
 
 def with_attention(model: Any, name: str) -> Any:
-    """The model with the attention of an ablation (a name of `ABLATIONS`) and its own parameters, those that it has."""
-    attention = ablate(model.config.attention, name)
+    """The model with the attention of an ablation (a preset's name) and its own parameters, those that it has."""
+    attention = preset_attention(model.config.attention, name)
     other = create_model(dataclasses.replace(model.config, attention=attention), nnx.Rngs(0))
     old = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     new = [(path, old.get(path, leaf)) for path, leaf in nnx.to_flat_state(nnx.state(other, nnx.Param))]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.layers.parameter import parameter, uniform
+from lin_jax.layers.parameter import Role, parameter, uniform
 from lin_jax.layers.partition import Partition
 
 
@@ -22,17 +22,29 @@ class Linear(nnx.Module):
         *,
         bias: bool = True,
         deviation: float | None = None,
+        roles: tuple[Role, ...] = (),
         rngs: nnx.Rngs,
     ):
-        """`deviation` starts the kernel from a normal distribution and the bias from 0; None is PyTorch's start."""
+        """Make the map with new numbers.
+
+        Args:
+            inputs: size of the last axis.
+            outputs: size that it becomes.
+            axes: logical names of both.
+            bias: whether there is one.
+            deviation: of the normal distribution from which the kernel starts, the bias then from 0; None is PyTorch's
+                start.
+            roles: what the parameters are for.
+            rngs: random numbers.
+        """
         if deviation is None:
             kernel = uniform(rngs.params(), (inputs, outputs), inputs)
             start = uniform(rngs.params(), (outputs,), inputs) if bias else None
         else:
             kernel = deviation * jax.random.normal(rngs.params(), (inputs, outputs))
             start = jnp.zeros(outputs) if bias else None
-        self.kernel = parameter(kernel, axes, decay=True)
-        self.bias = None if start is None else parameter(start, axes[1:])
+        self.kernel = parameter(kernel, axes, decay=True, roles=roles)
+        self.bias = None if start is None else parameter(start, axes[1:], roles=roles)
         self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:

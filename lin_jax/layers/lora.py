@@ -12,9 +12,6 @@ from lin_jax.layers.parameter import parameter, uniform
 from lin_jax.settings.base import require
 from lin_jax.settings.finetune import LoraConfig
 
-# What the paths of an adapter's parameters have in them.
-ADAPTER = "adapter"
-
 
 class Adapter(nnx.Module):
     """What is added to a `Linear`, which may be stacked along leading axes."""
@@ -24,8 +21,8 @@ class Adapter(nnx.Module):
         axes = linear.kernel.axes
         self.scale = config.alpha / config.rank
         start = uniform(rngs.params(), (*stack, inputs, config.rank), inputs)
-        self.a = parameter(start, (axes[0], None), decay=True)
-        self.b = parameter(jnp.zeros((*stack, config.rank, outputs)), (None, axes[1]), decay=True)
+        self.a = parameter(start, (axes[0], None), decay=True, roles=("adapter",))
+        self.b = parameter(jnp.zeros((*stack, config.rank, outputs)), (None, axes[1]), decay=True, roles=("adapter",))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """What it adds to the output, without making the matrix."""

@@ -15,7 +15,7 @@ class ScaleNorm(nnx.Module):
     """g x / max(||x|| / sqrt(C), 1e-5) with one scalar g (Nguyen and Salazar, 2019; the released FLASH)."""
 
     def __init__(self):
-        self.scale = parameter(jnp.ones(()), ())
+        self.scale = parameter(jnp.ones(()), (), roles=("norm",))
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         """Normalises the last axis."""
@@ -30,7 +30,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
-        self.weight = parameter(jnp.ones(width), ("width",))
+        self.weight = parameter(jnp.ones(width), ("width",), roles=("norm",))
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         """Normalises the last axis."""
@@ -45,8 +45,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float = 1e-5):
         self.epsilon = epsilon
-        self.weight = parameter(jnp.ones(width), ("width",))
-        self.bias = parameter(jnp.zeros(width), ("width",))
+        self.weight = parameter(jnp.ones(width), ("width",), roles=("norm",))
+        self.bias = parameter(jnp.zeros(width), ("width",), roles=("norm",))
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         """Normalises the last axis."""

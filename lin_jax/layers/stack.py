@@ -32,7 +32,7 @@ def run_layers(
     kinds: Sequence[str] | None = None,
     partition: Partition = WHOLE,
 ) -> Carry:
-    """x through all layers in turn, each called as `layer(x, *shared)`, or `layer(x, *shared, kind)` with `kinds`.
+    """Return x after all layers in turn, each called as `layer(x, *shared)`.
 
     Args:
         layers: from `stack_layers`.
@@ -40,29 +40,32 @@ def run_layers(
         shared: further arguments, the same for all layers.
         remat: what the backward pass recomputes: "none", "full" (all of a layer) or "dots" (all but its products with
             parameters).
-        kinds: a kind for each layer. Neighbours of one kind run as one scan.
+        kinds: a kind for each layer, which is then `layer.of_kind(kind)`. Neighbours of one kind run as one scan.
         partition: how the features that go from layer to layer are cut.
     """
     graph, arrays = nnx.split(layers)
-    rows = lambda x: partition.constrain(x, *("batch", "tokens", None)[: x.ndim])  # noqa: E731
 
-    def step(x, layer_arrays, shared, static):
-        return jax.tree.map(rows, nnx.merge(graph, layer_arrays)(x, *shared, *static))
+    def rows(x):
+        return partition.constrain(x, *("batch", "tokens", None)[: x.ndim])
+
+    def step(x, layer_arrays, shared, kind):
+        layer = nnx.merge(graph, layer_arrays)
+        return jax.tree.map(rows, (layer if kind is None else layer.of_kind(kind))(x, *shared))
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], static_argnums=3)
 
-    def scan(x, arrays, static):
-        return jax.lax.scan(lambda x, layer_arrays: (step(x, layer_arrays, shared, static), None), x, arrays)[0]
+    def scan(x, arrays, kind):
+        return jax.lax.scan(lambda x, layer_arrays: (step(x, layer_arrays, shared, kind), None), x, arrays)[0]
 
     if kinds is None:
-        return scan(x, arrays, ())
+        return scan(x, arrays, None)
     start = 0
     for kind, run in itertools.groupby(kinds):
         stop = start + len(list(run))
         # A slice copies its layers' parameters; the common case of one kind needs none.
         part = arrays if stop - start == len(kinds) else jax.tree.map(lambda a, i=start, j=stop: a[i:j], arrays)
-        x, start = scan(x, part, (kind,)), stop
+        x, start = scan(x, part, kind), stop
     return x
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.stack import stack_layers
-from lin_jax.models.settings import ModelConfig
+from lin_jax.models.base import ModelConfig
 from lin_jax.settings.base import require
 from lin_jax.settings.medusa import MedusaConfig
 
@@ -22,9 +22,10 @@ class MedusaHead(nnx.Module):
 
     def __init__(self, config: MedusaConfig, width: int, vocabulary_size: int, *, rngs: nnx.Rngs):
         # Blocks start at 0, so that a new head computes what its linear layer does.
-        block = lambda: Linear(width, width, ("width", None), deviation=0.0, rngs=rngs)  # noqa: E731
-        self.blocks = nnx.Dict({str(number): block() for number in range(config.layers)})
-        self.logits = Linear(width, vocabulary_size, ("width", "vocabulary"), bias=False, deviation=0.0, rngs=rngs)
+        options: dict[str, Any] = {"deviation": 0.0, "rngs": rngs}
+        blocks = {str(number): Linear(width, width, ("width", None), **options) for number in range(config.layers)}
+        self.blocks = nnx.Dict(blocks)
+        self.logits = Linear(width, vocabulary_size, ("width", "vocabulary"), bias=False, **options)
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Logits, float32."""

@@ -1,23 +1,26 @@
-"""The model of a config."""
+"""The models by architecture."""
 
 from typing import Any
 
 from flax import nnx
 
-from lin_jax.models.flash import Flash
-from lin_jax.models.flash_settings import FlashConfig
-from lin_jax.models.gpt2 import Gpt2
-from lin_jax.models.gpt2_settings import Gpt2Config
-from lin_jax.models.llama import Llama
-from lin_jax.models.llama_settings import LlamaConfig
-from lin_jax.models.settings import ModelConfig
+from lin_jax.models.base import Model, ModelConfig
+from lin_jax.settings.registry import Registry
 
-MODELS: dict[type, Any] = {FlashConfig: Flash, LlamaConfig: Llama, Gpt2Config: Gpt2}
+MODELS: Registry[type[Model]] = Registry(
+    "architecture",
+    "architecture",
+    {
+        "flash": "lin_jax.models.flash:Flash",
+        "llama": "lin_jax.models.llama:Llama",
+        "gpt2": "lin_jax.models.gpt2:Gpt2",
+    },
+)
 
 
-def create_model(config: ModelConfig, rngs: nnx.Rngs) -> Flash | Llama | Gpt2:
-    """A model with fresh parameters.
+def create_model(config: ModelConfig, rngs: nnx.Rngs) -> Any:
+    """Return a model with fresh parameters.
 
-    Every model has `features(tokens_BT, segment_ids_BT)`, `head(features)`, and called gives the logits of both.
+    Every decoder has `features(tokens_BT, segment_ids_BT)`, `head(features)`, and called gives the logits of both.
     """
-    return MODELS[type(config)](config, rngs=rngs)
+    return MODELS[config.architecture](config, rngs=rngs)

@@ -5,16 +5,16 @@ whole module at every call.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
+from lin_jax.layers.parameter import Path, Role, roles_by_path
 from lin_jax.layers.partition import Partition
 
 Create = Callable[[nnx.Rngs], nnx.Module]
-Path = tuple[str, ...]
 Start = Callable[[nnx.Module, Iterable[str]], None]
 
 
@@ -121,7 +121,7 @@ def _leave(model: nnx.Module, known: Iterable[str]) -> None:
 
 def make_structure(
     create: Create,
-    trains: Callable[[Path], bool] = lambda path: True,
+    trains: Callable[[Path, Sequence[Role]], bool] = lambda path, roles: True,
     *,
     frozen_dtype: str = "float32",
     keeps_start: bool = False,
@@ -129,4 +129,5 @@ def make_structure(
 ) -> Structure:
     """The structure of the model that `create` makes, without computing its parameters; see `Structure`."""
     graph, parameters, constants = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param, ...)
-    return Structure(create, graph, parameters, constants, trains, frozen_dtype, keeps_start, start)
+    trained = {path for path, roles in roles_by_path(parameters).items() if trains(path, roles)}
+    return Structure(create, graph, parameters, constants, trained.__contains__, frozen_dtype, keeps_start, start)

@@ -5,14 +5,15 @@ Counted are the products with matrices and the attention; element-wise work is t
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.experiment import Config
-from lin_jax.models.flash_settings import FlashConfig
-from lin_jax.models.flops import matrices
+from lin_jax.models.base import Matrix
+from lin_jax.models.registry import MODELS
 from lin_jax.ops.softmax_attention.splash import LANES
 from lin_jax.ops.softmax_attention.whole_row import QUERIES
 from lin_jax.plan.compiled import Traced, sizes
@@ -105,14 +106,19 @@ def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
 
 def _outputs(config: Config) -> int:
     """Outputs of all products of one layer for one token."""
-    return config.model.width + sum(matrix.outputs for matrix in matrices(config.model))
+    return config.model.width + sum(matrix.outputs for matrix in _matrices(config))
+
+
+def _matrices(config: Config) -> Sequence[Matrix]:
+    return MODELS[config.model.architecture].matrices(config.model)
 
 
 def _scores(config: Config, queries: int) -> int:
-    """Bytes of one layer's softmax scores and their gradient, float32; augmented attention has none of this size."""
-    kinds = layer_kinds(config.model.attention, config.model.depth)
-    heads = getattr(config.model, "heads", 1)
-    return 2 * 4 * queries * config.data.sequence_length * heads if "softmax" in kinds else 0
+    """Bytes of one layer's scores of whole rows and their gradient, float32; linear attention has none of this size."""
+    model = config.model
+    whole = any(ATTENTIONS[kind].whole_scores for kind in model.attention.kinds(model.depth))
+    heads = MODELS[model.architecture].head_sizes(model).heads
+    return 2 * 4 * queries * config.data.sequence_length * heads if whole else 0
 
 
 def hbm_traffic(traced: Traced, *, flash: bool) -> int:
@@ -127,7 +133,7 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
     passes = {"none": 2, "dots": 2, "full": 3}[config.model.remat] if reached else 1
     gathered = 2 if traced.parts.mesh.shape.get("fsdp", 1) > 1 else 1
     parameters = passes * gathered * (depth * state.layer + state.outside)
-    channels = _outputs(config) + sum(matrix.inputs for matrix in matrices(config.model))
+    channels = _outputs(config) + sum(matrix.inputs for matrix in _matrices(config))
     products = (passes + reached) * depth * tokens * channels // _tensor(traced) * itemsize
     scores = 0 if flash else depth * (passes + reached) * _scores(config, tokens) // 2
     logits = 3 * tokens * config.model.vocabulary_size * 4
@@ -137,14 +143,12 @@ def hbm_traffic(traced: Traced, *, flash: bool) -> int:
 
 
 def softmax_is_tiled(config: Config, platform: str) -> bool:
-    """Whether softmax attention is computed a tile of its scores at a time.
-
-    FLASH's whole-row kinds are not, nor rows that are cut over devices.
-    """
-    model = config.model
-    if isinstance(model, FlashConfig) or config.mesh.sequence != 1:
+    """Whether softmax attention is computed a tile of its scores at a time; rows that are cut over devices are not."""
+    model = MODELS[config.model.architecture]
+    if not model.plain_scores or config.mesh.sequence != 1:
         return False
+    D = model.head_sizes(config.model).head_size
     if platform == "tpu":
-        return model.head_size % LANES == 0 and config.data.sequence_length % LANES == 0
-    fits = config.data.packing == "concatenate" and model.dtype == "bfloat16"
-    return platform == "gpu" and fits and model.head_size % 8 == 0 and model.head_size <= 128
+        return D % LANES == 0 and config.data.sequence_length % LANES == 0
+    fits = config.data.packing == "concatenate" and config.model.dtype == "bfloat16"
+    return platform == "gpu" and fits and D % 8 == 0 and D <= 128

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.chips import Chip, chip_count
 from lin_jax.experiment import Config
-from lin_jax.models.flash_settings import FlashConfig
 from lin_jax.settings.base import ConfigError
 
 
@@ -48,11 +48,21 @@ def _changes(config: Config, devices: int) -> Iterator[Sequence[tuple[str, Any]]
         parts *= 2
     if config.train.loss_chunk > 256:
         yield [("train.loss_chunk", 256)]
-    if isinstance(config.model, FlashConfig) or config.mesh.sequence > 1:
+    if config.mesh.sequence > 1:
         return
     for shards in (2, 4, 8):
-        if devices % shards == 0 and config.data.sequence_length % (shards * config.model.attention.group_size) == 0:
+        if devices % shards == 0 and _can_cut(config, shards):
             yield [("mesh.sequence", shards), ("mesh.rules", ("width=fsdp+sequence",))]
+
+
+def _can_cut(config: Config, shards: int) -> bool:
+    """Whether rows can be cut into so many parts."""
+    attention, (tokens, rest) = config.model.attention, divmod(config.data.sequence_length, shards)
+    try:
+        ATTENTIONS[attention.kind].check_parts(attention, tokens, "")
+    except ConfigError:
+        return False
+    return not rest and attention.causal
 
 
 def _told(value: Any) -> str:

@@ -16,19 +16,10 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lin_jax.attentions.settings import ABLATIONS, AttentionConfig
 from lin_jax.experiment import Config
-from lin_jax.models.gpt2_settings import Gpt2Config
-from lin_jax.models.llama_settings import LlamaConfig
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.settings.config_file import call_get_config
 from lin_jax.settings.typed import annotations_of
-
-# Sections that can be set by a name as a whole: --config.model.attention=local_grouped.
-PRESETS: dict[type, dict[str, dict[str, Any]]] = {AttentionConfig: ABLATIONS}
-
-# What a file may put in the place of the default model.
-OTHER_MODELS = (LlamaConfig(), Gpt2Config())
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -69,7 +60,11 @@ def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "c
     fields = {}
     for key, value in values.items():
         require(key in annotations, f"unknown field {name}.{key}{_nearest(key, annotations)}")
-        annotation = _section_type(annotations[key], value)
+        annotation = annotations[key]
+        registry = _metadata(kind, key).get("registry")
+        if registry is not None:
+            default = _default(kind, key)
+            annotation = registry[value.get(registry.field, getattr(default, registry.field))].settings
         if dataclasses.is_dataclass(annotation):
             fields[key] = config_from_dict(value, typing.cast(type, annotation), f"{name}.{key}")
         else:
@@ -77,24 +72,19 @@ def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "c
     return _build(lambda: kind(**fields), kind, name)
 
 
-def _section_type(annotation: Any, value: Any) -> Any:
-    """The member of a union of sections that `value` was made from, by its `architecture`; without one, the first."""
-    members = [member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member)]
-    if not members:
-        return annotation
-    named = {typing.cast(Any, member)().architecture: member for member in members}
-    name = value.get("architecture", next(iter(named)))
-    require(name in named, f"unknown architecture {name!r}; there are {', '.join(named)}")
-    return named[name]
+def _metadata(kind: Any, key: str) -> Any:
+    return {field.name: field.metadata for field in dataclasses.fields(kind)}.get(key, {})
+
+
+def _default(kind: Any, key: str) -> Any:
+    return next(typing.cast(Any, field).default_factory() for field in dataclasses.fields(kind) if field.name == key)
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--config`, whose `--help` lists every setting; its errors are raised as `ConfigError`."""
     parser = OneLineParser(
         description=description,
-        epilog="settings, with their defaults before the file is read:\n\n"
-        + describe(Config())
-        + "".join(f"\n\nor, for {m.architecture}:\n\n{describe(m, 'config.model')}" for m in OTHER_MODELS),
+        epilog="settings, with their defaults before the file is read:\n\n" + describe(Config()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -115,8 +105,9 @@ def describe(config: Any, name: str = "config") -> str:
             lines.append(f"        {field.metadata.get('doc', '')}")
             continue
         lines.append(f"\n{full_name}: {field.metadata.get('doc', '')}")
-        if type(value) in PRESETS:
-            lines.append(f"  --{full_name}=NAME  (one of {', '.join(PRESETS[type(value)])})")
+        registry = field.metadata.get("registry")
+        if registry is not None and _presets(registry):
+            lines.append(f"  --{full_name}=NAME  (one of {', '.join(_presets(registry))})")
         lines.append(describe(value, full_name))
     return "\n".join(lines)
 
@@ -137,17 +128,37 @@ def _collect(config: Config, override: str, changes: dict[str, Any]) -> None:
     )
     section: Any = config
     *parents, last = name.split(".")[1:]
+    registry = None
     for depth, parent in enumerate(parents):
+        registry = _metadata(type(section), parent).get("registry")
         section = _field(section, parent, ".".join(["config", *parents[:depth]]))
         require(dataclasses.is_dataclass(section), f"config.{'.'.join(parents[: depth + 1])} is not a section")
         changes = changes.setdefault(parent, {})
-    old = _field(section, last, ".".join(["config", *parents]))
-    if dataclasses.is_dataclass(old):
-        changes.setdefault(last, {})[""] = _preset(type(old), text, name)
+    holder = _holder(section, last, ".".join(["config", *parents]), registry)
+    metadata = _metadata(holder, last)
+    if dataclasses.is_dataclass(getattr(section, last, None)):
+        changes.setdefault(last, {})[""] = _preset(metadata.get("registry"), text, name)
         return
-    annotation = annotations_of(type(section))[last]
+    annotation = annotations_of(holder)[last]
     require(bool(has_value) or annotation is bool, f"{name} needs a value ({_type_name(annotation)}): --{name}=VALUE")
     changes[last] = _parse(text if has_value else "true", annotation, name)
+
+
+def _holder(section: Any, key: str, name: str, registry: Any) -> Any:
+    """The class of settings that has a field: the section's own, or that of another entry of its registry."""
+    kinds = [type(section), *(registry[entry].settings for entry in registry or ())]
+    found = next((kind for kind in kinds if key in {field.name for field in dataclasses.fields(kind)}), None)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    require(found is not None, f"unknown field {name}.{key}{_nearest(key, names)}")
+    return found
+
+
+def _presets(registry: Any) -> dict[str, dict[str, Any]]:
+    return {
+        preset: {registry.field: entry, **changes}
+        for entry in registry
+        for preset, changes in getattr(registry[entry], "presets", {}).items()
+    }
 
 
 def _field(section: Any, key: str, name: str) -> Any:
@@ -161,21 +172,34 @@ def _nearest(key: str, names: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _preset(kind: type, text: str, name: str) -> dict[str, Any]:
-    presets = PRESETS.get(kind)
-    if presets is None:
+def _preset(registry: Any, text: str, name: str) -> dict[str, Any]:
+    presets = {} if registry is None else _presets(registry)
+    if not presets:
         raise ConfigError(f"{name} is a section: set its fields, --{name}.field=value")
     require(text in presets, f"{name} expects one of {', '.join(presets)}, but is {text!r}{_nearest(text, presets)}")
     return presets[text]
 
 
-def _rebuild(section: Any, changes: dict[str, Any], name: str) -> Any:
+def _rebuild(section: Any, changes: dict[str, Any], name: str, registry: Any = None, default: Any = None) -> Any:
     """`section` with `changes`; single fields win over a preset."""
     changes = {**changes.pop("", {}), **changes}
+    if registry is not None and changes.get(registry.field, getattr(section, registry.field)) != getattr(
+        section, registry.field
+    ):
+        section = _switched(section, registry[changes[registry.field]].settings, registry.field, default)
     for key, value in changes.items():
         if isinstance(value, dict):
-            changes[key] = _rebuild(getattr(section, key), value, f"{name}.{key}")
+            of_key = _metadata(type(section), key).get("registry")
+            start = _default(type(section), key) if of_key is not None else None
+            changes[key] = _rebuild(getattr(section, key), value, f"{name}.{key}", of_key, start)
     return _build(lambda: dataclasses.replace(section, **changes), type(section), name) if changes else section
+
+
+def _switched(section: Any, kind: Any, field: str, default: Any) -> Any:
+    """Settings of another entry: the default section where that is one, else new ones; shared fields are kept."""
+    start = default if type(default) is kind else kind()
+    shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(section)} - {field}
+    return dataclasses.replace(start, **{name: getattr(section, name) for name in shared})
 
 
 def _build(make: Callable[[], Any], kind: type, name: str) -> Any:

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import Partition
+from lin_jax.models.base import ModelConfig
 from lin_jax.models.flops import Flops
-from lin_jax.models.settings import ModelConfig
-from lin_jax.models.structure import Path, Structure
+from lin_jax.models.structure import Structure
 from lin_jax.settings.base import require
 from lin_jax.settings.data import DataConfig
 from lin_jax.settings.finetune import FinetuneConfig

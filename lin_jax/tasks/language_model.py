@@ -6,9 +6,10 @@ from typing import Any
 
 from lin_jax.data.pipeline import validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import Partition
 from lin_jax.models.flops import Flops, training_flops
-from lin_jax.models.structure import Path, Structure
+from lin_jax.models.structure import Structure
 from lin_jax.tasks.base import Batch, Evaluation, Loss, RunSettings
 from lin_jax.tasks.loss import LossSums
 from lin_jax.tasks.text import TextTask

@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.trees import best_paths, expected_tokens, tree_to_json
+from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import Partition
 from lin_jax.models.flops import Flops, head_flops, layer_flops, reaches_layers
 from lin_jax.models.medusa import HEADS, MedusaHeads, first_kernel
-from lin_jax.models.structure import Path, Structure
+from lin_jax.models.structure import Structure
 from lin_jax.tasks.base import Batch, Evaluation, Loss, ResultFile, Validation
 from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums, sharded_loss, split_positions

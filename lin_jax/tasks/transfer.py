@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.attentions.registry import with_kind
+from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.stack import run_layers
-from lin_jax.models.flops import Flops, adapter_flops, chunk_flops, matrices, mixing_flops
-from lin_jax.models.settings import TransformerConfig
-from lin_jax.models.structure import Path, Structure
+from lin_jax.models.base import ResidualLayer
+from lin_jax.models.flops import Flops, adapter_flops
+from lin_jax.models.registry import MODELS
+from lin_jax.models.structure import Structure
 from lin_jax.settings.base import require
 from lin_jax.tasks.base import Batch, Loss
 from lin_jax.tasks.language_model import LanguageModelling
@@ -39,7 +41,7 @@ class AttentionTransfer(LanguageModelling):
         super().check()
         model, train = self.config.model, self.config.finetune.train
         require(
-            isinstance(model, TransformerConfig) and model.attention.kind != "softmax",
+            MODELS[model.architecture].has_softmax_form and model.attention.kind != "softmax",
             "finetune.objective=attention_transfer is for linearized LLaMA and GPT-2, not for "
             f"{model.architecture} with model.attention.kind={model.attention.kind}",
         )
@@ -65,17 +67,18 @@ class AttentionTransfer(LanguageModelling):
     def flops(self, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:
         """Return the teacher's forward pass, and every linearized attention, whose gradients end at its inputs."""
         model, T = self.config.model, self.config.data.sequence_length
-        own = matrices(model)
+        kind = MODELS[model.architecture]
+        own = kind.matrices(model)
         projections = [m for m in own if m.path[-2] not in ("gate", "up", "down")]
         adapters = adapter_flops(projections, self.config.finetune.lora)
-        mixing = mixing_flops(model, T, tiled)
-        teacher = sum(m.flops for m in own) + mixing_flops(_all_softmax(model), T, tiled)
+        mixing = kind.attention_flops(model, T, tiled=tiled)
+        teacher = sum(m.flops for m in own) + kind.attention_flops(_all_softmax(model), T, tiled=tiled)
         student = sum(m.flops for m in projections) + mixing + adapters
         output = sum(m.flops for m in projections if m.path[-2] == "output")
         learned = sum(m.flops for m in projections if trains(m.path))
         backward = output + learned + 2 * adapters + 2 * mixing
         again = {"none": 0, "full": teacher + student, "dots": mixing}[model.remat]
-        return Flops(teacher + student, backward, again + chunk_flops(model, T))
+        return Flops(teacher + student, backward, again + kind.recomputed_flops(model, T))
 
 
 def attention_errors(
@@ -83,7 +86,7 @@ def attention_errors(
 ) -> Float[Array, "B T"]:
     """Return the mean square of the difference of two models' attentions, over channels and linearized layers."""
     config = student.config
-    kinds = layer_kinds(config.attention, config.depth)
+    kinds = config.attention.kinds(config.depth)
     x_BTC, *shared = teacher.begin(tokens_BT, segment_ids_BT, partition)
     pair, start = _Pair(student.layers, teacher.layers), (x_BTC, jnp.zeros(tokens_BT.shape, jnp.float32))
     _, error_BT = run_layers(pair, start, *shared, remat=config.remat, kinds=kinds, partition=partition)
@@ -93,18 +96,22 @@ def attention_errors(
 class _Pair(nnx.Module):
     """A student's and a teacher's layer side by side."""
 
-    def __init__(self, student: nnx.Module, teacher: nnx.Module):
-        self.student, self.teacher = student, teacher
+    def __init__(self, student: ResidualLayer, teacher: ResidualLayer, learns: bool = True):
+        self.student, self.teacher, self.learns = student, teacher, learns
 
-    def __call__(self, carry: tuple[Array, Array], *arguments: Any) -> tuple[Array, Array]:
+    def of_kind(self, kind: str) -> "_Pair":
+        """Return the pair for a layer of this kind; one that keeps softmax attention has nothing to learn."""
+        return _Pair(self.student.of_kind(kind), self.teacher.of_kind("softmax"), kind != "softmax")
+
+    def __call__(self, carry: tuple[Array, Array], *shared: Any) -> tuple[Array, Array]:
         """Return the teacher's next features, and the errors so far with this layer's."""
-        (x_BTC, error_BT), (*shared, kind) = carry, arguments
-        target_BTC = self.teacher.attend(x_BTC, *shared, "softmax")
-        if kind != "softmax":
-            difference_BTC = self.student.attend(x_BTC, *shared, kind) - target_BTC
+        x_BTC, error_BT = carry
+        target_BTC = self.teacher.attend(x_BTC, *shared)
+        if self.learns:
+            difference_BTC = self.student.attend(x_BTC, *shared) - target_BTC
             error_BT += jnp.mean(jnp.square(difference_BTC.astype(jnp.float32)), axis=-1)
         return self.teacher.feed(x_BTC + target_BTC), error_BT
 
 
 def _all_softmax(config: Any) -> Any:
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, kind="softmax"))
+    return dataclasses.replace(config, attention=with_kind(config.attention, "softmax"))

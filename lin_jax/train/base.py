@@ -13,9 +13,6 @@ from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.checksums import checksums
 
-# Settings of a model that may differ from those of the model it starts from; the rest says what its parameters are.
-_FREE_OF_BASE = ("attention", "dtype", "remat", "rope", "positions", "padding", "score_scale")
-
 
 def check_base(path: str) -> None:
     """Raise `ConfigError` where there is no run at `path`, a value of `finetune.checkpoint`."""
@@ -32,7 +29,7 @@ def require_same_model(base: Config, config: Config) -> None:
     old, new = config_to_dict(base.model), config_to_dict(config.model)
     for name, value in new.items():
         require(
-            name in _FREE_OF_BASE or old.get(name) == value,
+            name in config.model.free or old.get(name) == value,
             f"config.model.{name} is {value}, but the model in finetune.checkpoint={config.finetune.checkpoint} has "
             f"{old.get(name)}",
         )

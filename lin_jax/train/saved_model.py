@@ -1,7 +1,6 @@
 """Models that are kept in a run's directory: written without training, and read to be used or trained further."""
 
 import gc
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,14 +19,13 @@ from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.settings.mesh import MeshConfig
-from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import check_base, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.manifest import require_undamaged, saving_options
 from lin_jax.train.sharding import default_partition, make_mesh, replicated
 from lin_jax.train.state import initial_state
-from lin_jax.train.trainable import is_new, structure_of
+from lin_jax.train.trainable import new_parameters, structure_of
 from lin_jax.train.workdir import (
     checkpoints_directory,
     read_meta,
@@ -140,8 +138,10 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     require_same_model(base, config)
     merge_lora(model)
     found, wanted = parameters_by_path(model), parameters_by_path(structure.abstract_parameters)
-    missing = _not_new(wanted.keys() - found.keys(), task_of(config))
-    unused = _not_new(found.keys() - wanted.keys(), task_of(base))
+    new = new_parameters(task_of(config), structure.abstract_parameters) | new_parameters(task_of(base), model)
+    added = {".".join(path) for path in new}
+    missing = sorted(wanted.keys() - found.keys() - added)
+    unused = sorted(found.keys() - wanted.keys() - added)
     require(not missing, f"finetune.checkpoint: {path} has no {', '.join(missing[:3])}")
     require(not unused, f"finetune.checkpoint: the model has no place for {', '.join(unused[:3])} of {path}")
     used = {name: array for name, array in found.items() if name in wanted}
@@ -149,10 +149,6 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
         shape = wanted[name].shape
         require(array.shape == shape, f"finetune.checkpoint: {name} is {array.shape} in {path}, but here {shape}")
     return used
-
-
-def _not_new(names: Iterable[str], task: Task) -> list[str]:
-    return sorted(name for name in names if not is_new(task, tuple(name.split("."))))
 
 
 def _as_saved(item: Any, directory: epath.Path) -> Any:

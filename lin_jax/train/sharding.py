@@ -13,13 +13,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from lin_jax.attentions.mixing import layer_kinds
+from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition, Rules
-from lin_jax.models.flash_settings import FlashConfig
-from lin_jax.models.gpt2_settings import Gpt2Config
-from lin_jax.models.llama_settings import LlamaConfig
-from lin_jax.models.settings import ModelConfig
+from lin_jax.models.base import ModelConfig
+from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import require
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.tasks.base import BatchField
@@ -41,13 +39,6 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     # of parameters; gathered over axes that cut activations before they are used
     "width": ("fsdp",),
     "positions": (),
-}
-
-# Settings of a model that the mesh must divide, by the logical axis that they are the size of.
-_CUT_SIZES: dict[type, dict[str, tuple[str, ...]]] = {
-    FlashConfig: {"hidden": ("value_size",)},
-    LlamaConfig: {"heads": ("heads", "key_value_heads"), "feed_forward": ("feed_forward_size",)},
-    Gpt2Config: {"heads": ("heads",), "feed_forward": ("feed_forward_size",)},
 }
 
 
@@ -150,8 +141,8 @@ def check_batch(partition: Partition, batch_size: int, microbatches: int) -> Non
 
 
 def _check_model(partition: Partition, model: ModelConfig) -> None:
-    """Attention is cut by whole heads, FLASH's by channels of its values."""
-    for name, fields in _CUT_SIZES[type(model)].items():
+    """Raise `ConfigError` unless the mesh divides what it cuts, such as the heads."""
+    for name, fields in MODELS[model.architecture].cut_sizes.items():
         shards = partition.shards(name)
         for field in fields:
             size = getattr(model, field)
@@ -169,21 +160,11 @@ def _check_tokens(partition: Partition, model: ModelConfig, length: int) -> None
     told = _told(partition, "tokens")
     require(attention.causal, f"{told} cuts rows, which attention.causal=false needs whole")
     require(length % shards == 0, f"data.sequence_length={length} is not divisible by the {shards} devices of {told}")
-    if "augmented" not in layer_kinds(attention, model.depth):
-        return
-    own, group = length // shards, attention.group_size
-    require(
-        own % group == 0,
-        f"data.sequence_length={length} over the {shards} devices of {told} is {own} tokens each, which is no multiple "
-        f"of model.attention.group_size={group}",
-    )
-    sent = max(attention.local_groups * group, attention.convolution) - 1
-    require(
-        own >= sent,
-        f"data.sequence_length={length} over the {shards} devices of {told} is {own} tokens each, fewer than the "
-        f"{sent} that model.attention.local_groups={attention.local_groups}, group_size={group} and "
-        f"convolution={attention.convolution} reach back",
-    )
+    own = length // shards
+    parts = f"data.sequence_length={length} over the {shards} devices of {told} is {own} tokens each"
+    for kind in dict.fromkeys(attention.kinds(model.depth)):
+        settings = attention if kind == attention.kind else ATTENTIONS[kind].settings(kind=kind)
+        ATTENTIONS[kind].check_parts(settings, own, parts)
 
 
 def _told(partition: Partition, name: str) -> str:

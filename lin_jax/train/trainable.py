@@ -1,48 +1,40 @@
 """Which parameters train, and the model that a run trains: with its adapters and heads, frozen parts apart."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 
 from lin_jax.experiment import Config
-from lin_jax.layers.lora import ADAPTER, add_lora
-from lin_jax.models.flops import Flops
+from lin_jax.layers.lora import add_lora
+from lin_jax.layers.parameter import Path, Role, roles_by_path
+from lin_jax.models.flops import Flops, roles_of
 from lin_jax.models.registry import create_model
-from lin_jax.models.structure import Path, Structure, make_structure
+from lin_jax.models.structure import Structure, make_structure
 from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
 
-# Parameters that linearized attention has and softmax attention does not.
-NEW = ("alpha", "filter", "local_factor")
 
-# Groups of `finetune.train`: whether a parameter belongs to one, by the parts of its path.
-GROUPS: dict[str, Callable[[Path], bool]] = {
-    "all": lambda path: True,
-    "new": lambda path: path[-1] in NEW,
-    "norm": lambda path: any(part.endswith("norm") for part in path),
-    "embedding": lambda path: path[0].endswith("embedding"),
-    "attention": lambda path: bool({"attention", "query_key_value", "mixing"} & set(path)) or "output" in path,
-    "feed_forward": lambda path: bool({"feed_forward", "up", "down"} & set(path)),
-    "head": lambda path: path[0] in ("logits", "score"),
-}
+def trains(task: Task, path: Path, roles: Sequence[Role]) -> bool:
+    """Return whether a parameter trains: adapters and what the task adds always do."""
+    chosen = {"adapter", *task.config.finetune.train}
+    return "all" in chosen or path[0] in task.adds or not chosen.isdisjoint(roles)
 
 
-def trains(task: Task, path: Path) -> bool:
-    """Return whether the parameter at `path` trains: adapters and what the task adds always do."""
-    groups = task.config.finetune.train
-    return ADAPTER in path or path[0] in task.adds or any(GROUPS[group](path) for group in groups)
-
-
-def is_new(task: Task, path: Path) -> bool:
-    """Return whether a model that a run starts from may lack the parameter at `path`."""
-    return path[-1] in NEW or ADAPTER in path or path[0] in task.adds
+def new_parameters(task: Task, model: Any) -> set[Path]:
+    """Return the paths of parameters that a model may lack that a run starts from."""
+    return {
+        path
+        for path, roles in roles_by_path(model).items()
+        if path[0] in task.adds or not {"new", "adapter"}.isdisjoint(roles)
+    }
 
 
 def step_flops(config: Config, *, tiled: bool = False) -> Flops:
     """Return the operations for one token of the step that a run of `config` makes; `tiled`: see `Task.flops`."""
-    task = task_of(config)
-    return task.flops(functools.partial(trains, task), tiled=tiled)
+    task, roles = task_of(config), roles_of(config.model)
+    return task.flops(lambda path: trains(task, path, roles[path]), tiled=tiled)
 
 
 def structure_of(config: Config) -> Structure:

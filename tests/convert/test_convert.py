@@ -21,7 +21,16 @@ import train as train_program
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
 from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
-from lin_jax.experiment import AttentionConfig, Config, FlashConfig, Gpt2Config, LlamaConfig, MeshConfig, RopeConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    Config,
+    FlashConfig,
+    Gpt2Config,
+    LlamaConfig,
+    MeshConfig,
+    RopeConfig,
+    SoftmaxConfig,
+)
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.saved_model import load_model, save_model
 from lin_jax.train.sharding import make_mesh
@@ -31,8 +40,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 STORIES = DATA / "stories260k_hf"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no trained checkpoint at {STORIES}")
-AUGMENTED = AttentionConfig(group_size=8, convolution=3, softmax_layers=(1,))
-SOFTMAX = AttentionConfig(kind="softmax", convolution=0, group_size=64)
+AUGMENTED = AugmentedConfig(group_size=8, convolution=3, softmax_layers=(1,))
+SOFTMAX = SoftmaxConfig()
 LLAMA = LlamaConfig(
     vocabulary_size=300,
     width=16,
@@ -180,7 +189,7 @@ def test_linearized_there_and_back(name, tmp_path, capsys):
 
 
 def test_official_names_of_a_linearized_llama(tmp_path):
-    config = dataclasses.replace(LLAMA, attention=AttentionConfig(group_size=64))
+    config = dataclasses.replace(LLAMA, attention=AugmentedConfig(group_size=64))
     write_hugging_face(tmp_path, random_weights(config), "float32", {})
     tensors = load_file(tmp_path / "model.safetensors")
     attention = "model.layers.2.self_attn."
@@ -361,7 +370,7 @@ CONFIG = """
 from lin_jax.experiment import *
 
 def get_config(workdir):
-    attention = AttentionConfig(group_size=8, convolution=4)
+    attention = AugmentedConfig(group_size=8, convolution=4)
     return Config(
         workdir=workdir,
         model=LlamaConfig(

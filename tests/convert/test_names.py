@@ -7,12 +7,12 @@ from flax import nnx
 
 from lin_jax.convert.flash import from_official, name_table, to_official
 from lin_jax.convert.names import Entry, load
-from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig
+from lin_jax.experiment import AugmentedConfig, ConfigError, FlashConfig
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash
 
 CONFIG = FlashConfig(
-    vocabulary_size=11, width=8, depth=3, query_key_size=4, rotary_size=2, attention=AttentionConfig(convolution=5)
+    vocabulary_size=11, width=8, depth=3, query_key_size=4, rotary_size=2, attention=AugmentedConfig(convolution=5)
 )
 KERNEL = 9
 

@@ -14,7 +14,7 @@ from lin_jax.convert import names, tensors
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
 from lin_jax.data.tokenizers import BytesTokenizer
-from lin_jax.experiment import AttentionConfig, Config, DataConfig, LlamaConfig, MeshConfig
+from lin_jax.experiment import Config, DataConfig, LlamaConfig, MeshConfig, SoftmaxConfig
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.train.parts import make_parts
 from lin_jax.train.saved_model import load_model, save_model
@@ -34,7 +34,7 @@ MODEL = LlamaConfig(
     head_size=16,
     feed_forward_size=72,
     positions=64,
-    attention=AttentionConfig(kind="softmax", convolution=0),
+    attention=SoftmaxConfig(),
 )
 CONFIG = Config(model=MODEL, data=DataConfig(batch_size=8, sequence_length=32), mesh=CUT)
 

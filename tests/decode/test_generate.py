@@ -14,7 +14,7 @@ import lin_jax
 from lin_jax.convert.medusa import read_heads, write_heads
 from lin_jax.decode.generate import Generator, generate_tokens
 from lin_jax.decode.text import TextGenerator, make_config
-from lin_jax.experiment import AttentionConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
+from lin_jax.experiment import AugmentedConfig, ConfigError, GenerateConfig, MedusaConfig, SamplingConfig
 from lin_jax.models.medusa import MedusaHeads, start_heads
 from lin_jax.models.registry import create_model
 from tests.golden import ROOT
@@ -39,7 +39,7 @@ def stories():
 
 def linearized(model):
     """The checkpoint with augmented attention: new parameters far from 0, text still text-like."""
-    attention = AttentionConfig(group_size=8, local="softmax", local_groups=2, convolution=4)
+    attention = AugmentedConfig(group_size=8, local="softmax", local_groups=2, convolution=4)
     other = create_model(dataclasses.replace(model.config, attention=attention), nnx.Rngs(0))
     old = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     new = [

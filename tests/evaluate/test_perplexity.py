@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lin_jax.evaluate.perplexity import Perplexity, make_scorer, measure, windows
-from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig, MeshConfig
+from lin_jax.experiment import AugmentedConfig, ConfigError, FlashConfig, MeshConfig
 from lin_jax.models.registry import create_model
 from lin_jax.train.sharding import make_partition
 
@@ -26,7 +26,7 @@ CONFIG = FlashConfig(
     depth=2,
     query_key_size=8,
     rotary_size=4,
-    attention=AttentionConfig(group_size=4, convolution=3),
+    attention=AugmentedConfig(group_size=4, convolution=3),
 )
 
 

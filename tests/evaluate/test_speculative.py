@@ -14,7 +14,15 @@ from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.decode.generate import Generator
 from lin_jax.evaluate.direct import DirectIntegration
 from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table, with_attention
-from lin_jax.experiment import AttentionConfig, Config, ConfigError, GenerateConfig, LlamaConfig, MedusaConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    Config,
+    ConfigError,
+    GenerateConfig,
+    LlamaConfig,
+    MedusaConfig,
+    SoftmaxConfig,
+)
 from lin_jax.models.medusa import start_heads
 from lin_jax.models.registry import create_model
 from lin_jax.ops.tree import tree_from_paths
@@ -30,7 +38,7 @@ MODEL = LlamaConfig(
     key_value_heads=1,
     head_size=8,
     feed_forward_size=24,
-    attention=AttentionConfig(local="softmax", group_size=4, convolution=3),
+    attention=AugmentedConfig(local="softmax", group_size=4, convolution=3),
 )
 PATHS = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
 PROMPTS = [np.arange(length, dtype=np.int32) + 40 for length in (1, 5, 9)]
@@ -101,7 +109,7 @@ def test_candidates_apart_have_the_features_of_the_tree(model):
 
 def test_an_ablation_is_the_model_with_another_attention_and_the_same_parameters(model):
     other = with_attention(model, "softmax")
-    plain = dataclasses.replace(MODEL, attention=AttentionConfig(kind="softmax", convolution=0))
+    plain = dataclasses.replace(MODEL, attention=SoftmaxConfig())
     expected = create_model(plain, nnx.Rngs(0))
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     nnx.update(expected, nnx.from_flat_state([(p, values[p]) for p, _ in nnx.to_flat_state(nnx.state(expected))]))

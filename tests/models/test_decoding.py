@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.experiment import AttentionConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
-from lin_jax.models.language_model import unstacked
+from lin_jax.attentions.registry import with_kind
+from lin_jax.experiment import AugmentedConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
+from lin_jax.models.base import unstacked
 from lin_jax.models.registry import create_model
 from lin_jax.ops.tree import chain, tree_from_paths
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 V, G = 20, 4
-BASE = AttentionConfig(group_size=G, convolution=6)
+BASE = AugmentedConfig(group_size=G, convolution=6)
 FLASH = {
     "plain": {},
     "laplace_two_groups": {"local": "laplace", "local_groups": 2, "feature_map": "elu1"},
@@ -40,7 +41,7 @@ LENGTHS = np.array([9, 3, 0])
 
 
 def make_config(family, attention):
-    attention = dataclasses.replace(BASE, **attention)
+    attention = with_kind(BASE, **{"kind": "augmented", **attention})
     if family == "flash":
         return FlashConfig(vocabulary_size=V, width=12, depth=2, query_key_size=6, rotary_size=4, attention=attention)
     if family == "gpt2":
@@ -143,7 +144,7 @@ def test_scaled_rotary_positions_decode(scaling):
 @pytest.mark.parametrize(
     ("family", "changes", "attention", "message"),
     [
-        ("llama", {}, {"kind": "longlora", "convolution": 0}, "kind=longlora"),
+        ("llama", {}, {"kind": "longlora"}, "kind=longlora"),
         ("llama", {}, {"kind": "softmax"}, "33 tokens are more than the positions=32"),
         ("llama", {"rope": RopeConfig(scaling="dynamic", factor=2.0)}, {}, "rope.scaling=dynamic"),
         ("gpt2", {}, {}, "33 tokens exceed the model's positions=32"),

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.experiment import AttentionConfig, FlashConfig
+from lin_jax.attentions.base import AttentionConfig
+from lin_jax.attentions.registry import with_kind
+from lin_jax.experiment import AugmentedConfig, FlashConfig
 from lin_jax.models.flash import Flash
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,9 +29,12 @@ SMALL = {
 }
 
 
+def attention_of(kind: str = "augmented", **changes) -> AttentionConfig:
+    return with_kind(AugmentedConfig(group_size=G, convolution=5, feature_size=12), kind, **changes)
+
+
 def config(attention: dict | None = None, **changes) -> FlashConfig:
-    defaults = {"group_size": G, "convolution": 5, "feature_size": 12}
-    return FlashConfig(**{**SMALL, "attention": AttentionConfig(**{**defaults, **(attention or {})}), **changes})
+    return FlashConfig(**{**SMALL, "attention": attention_of(**(attention or {})), **changes})
 
 
 # Together they hold every option of a causal model at least once.
@@ -209,7 +214,7 @@ def count(model_config: FlashConfig) -> int:
 
 def test_parameters_of_the_released_110m():
     """As the official code counts: 164,661,098 without a filter, and 24 filters of 63 taps of which it uses 32."""
-    without = FlashConfig(attention=AttentionConfig(convolution=0))
+    without = FlashConfig(attention=AugmentedConfig(convolution=0))
     assert count(without) == 164_661_098
     assert count(FlashConfig()) == 164_662_610 - 24 * 31
 

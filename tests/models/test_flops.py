@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lin_jax.experiment import AttentionConfig, FlashConfig
+from lin_jax.attentions.registry import with_kind
+from lin_jax.experiment import AugmentedConfig, FlashConfig
 from lin_jax.models.flash import Flash
 from lin_jax.models.flops import training_flops_per_token
 
@@ -42,7 +43,7 @@ def test_equals_the_compiled_program(attention):
         width=256,
         depth=1,
         query_key_size=128,
-        attention=AttentionConfig(**{"group_size": 64, **attention}),
+        attention=with_kind(AugmentedConfig(group_size=64), **{"kind": "augmented", **attention}),
     )
     # The compiled program also has what is counted as nothing: activations, norms, rotations, masks.
     ratio = forward_flops(config) / (training_flops_per_token(config, T) / 3)

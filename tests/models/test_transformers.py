@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.attentions.mixing import layer_kinds
-from lin_jax.experiment import AttentionConfig, ConfigError, Gpt2Config, LlamaConfig, RopeConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    ConfigError,
+    Gpt2Config,
+    LlamaConfig,
+    LongloraConfig,
+    RopeConfig,
+    SoftmaxConfig,
+)
 from lin_jax.layers.rope import rotation
+from lin_jax.layers.rows import place
 from lin_jax.models.flops import training_flops_per_token
-from lin_jax.models.gated_attention import place
 from lin_jax.models.registry import create_model
 from lin_jax.ops.softmax_attention.api import longlora_attention, softmax_attention
 
@@ -20,14 +27,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T, LENGTH = 24, 10
 SEGMENTS = np.array([0, 0, *[3] * LENGTH, *[1] * LENGTH, 0, 0], np.int32)
-SOFTMAX = AttentionConfig(kind="softmax", convolution=0)
-AUGMENTED = AttentionConfig(group_size=4, convolution=3)
+SOFTMAX = SoftmaxConfig()
+AUGMENTED = AugmentedConfig(group_size=4, convolution=3)
 ATTENTION = {
     "softmax": SOFTMAX,
     "augmented": AUGMENTED,
     "softmax_local": dataclasses.replace(AUGMENTED, local="softmax", local_groups=2),
     "hybrid": dataclasses.replace(AUGMENTED, softmax_layers=(1,)),
-    "longlora": AttentionConfig(kind="longlora", convolution=0, longlora_split=3),
+    "longlora": LongloraConfig(split=3),
 }
 
 
@@ -113,9 +120,9 @@ def test_packed_documents_are_alone(family, kind):
 def test_hybrid_layers_one_by_one(family):
     attention = dataclasses.replace(AUGMENTED, softmax_layers=(0, 2))
     model = make_model(make_config(family, attention))
-    assert layer_kinds(attention, 4) == ["softmax", "augmented", "softmax", "augmented"]
+    assert attention.kinds(4) == ["softmax", "augmented", "softmax", "augmented"]
     tokens = jnp.arange(T)[None]
-    rows = place(None, (1, T), "exact")
+    rows = place(None, (1, T))
     x = model.embedding[...][tokens]
     shared = (rows,)
     if family == "llama":
@@ -260,7 +267,7 @@ def test_operations_are_counted():
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
     softmax = LlamaConfig(attention=SOFTMAX)
     assert training_flops_per_token(softmax, 4096) == 6 * matrices + 3 * 32 * 4 * 4096 * 4096
-    augmented = LlamaConfig(attention=AttentionConfig(group_size=64))
+    augmented = LlamaConfig(attention=AugmentedConfig(group_size=64))
     assert training_flops_per_token(augmented, 4096) == 6 * matrices + 3 * 32 * (4 * 64 * 4096 + 4 * 4096 * 128)
     gpt2 = Gpt2Config(attention=SOFTMAX)
     assert training_flops_per_token(gpt2, 1024) == 6 * (12 * 12 * 768**2 + 768 * 50257) + 3 * 12 * 4 * 1024 * 768

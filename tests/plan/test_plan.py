@@ -11,7 +11,7 @@ import pytest
 
 from lin_jax.chips import GIB, chip_named
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -38,7 +38,7 @@ MODEL = LlamaConfig(
     key_value_heads=2,
     head_size=16,
     feed_forward_size=64,
-    attention=AttentionConfig(group_size=8, convolution=4),
+    attention=AugmentedConfig(group_size=8, convolution=4),
 )
 
 
@@ -178,7 +178,7 @@ def test_a_step_is_compiled_for_a_tpu_topology(tmp_path):
     file.write_text(
         "from lin_jax.experiment import *\n\n\ndef get_config():\n"
         "    model = LlamaConfig(vocabulary_size=256, width=128, depth=2, heads=2, key_value_heads=2, head_size=64,\n"
-        "                        feed_forward_size=256, attention=AttentionConfig(group_size=64), dtype='bfloat16')\n"
+        "                        feed_forward_size=256, attention=AugmentedConfig(group_size=64), dtype='bfloat16')\n"
         "    return Config(model=model, data=DataConfig(sequence_length=256, batch_size=4), mesh=MeshConfig(fsdp=4))\n"
     )
     command = [sys.executable, "train.py", "--config", str(file), "--config.plan=v5e:2x2"]

@@ -17,7 +17,7 @@ from lin_jax.convert.program import convert
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.decode.generate import generate_tokens
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -51,7 +51,7 @@ MODEL = LlamaConfig(
     key_value_heads=1,
     head_size=8,
     feed_forward_size=24,
-    attention=AttentionConfig(local="softmax", group_size=4, convolution=3),
+    attention=AugmentedConfig(local="softmax", group_size=4, convolution=3),
 )
 HEADS = FinetuneConfig(checkpoint="set below", train=(), objective="medusa", medusa=MedusaConfig(heads=3))
 WEIGHTED = MedusaConfig(heads=3, weight=0.3)

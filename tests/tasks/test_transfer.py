@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.attentions.mixing import layer_kinds
-from lin_jax.experiment import AttentionConfig, Config, DataConfig, FinetuneConfig, Gpt2Config, LlamaConfig, MeshConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    Gpt2Config,
+    LlamaConfig,
+    MeshConfig,
+    SoftmaxConfig,
+)
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
 from lin_jax.tasks.transfer import AttentionTransfer, attention_errors
@@ -17,7 +25,7 @@ from lin_jax.train.sharding import make_partition
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ATTENTION = AttentionConfig(local="softmax", group_size=4, convolution=3, softmax_layers=(1,))
+ATTENTION = AugmentedConfig(local="softmax", group_size=4, convolution=3, softmax_layers=(1,))
 CONFIGS = [
     LlamaConfig(
         vocabulary_size=50,
@@ -57,11 +65,11 @@ def test_it_is_the_error_of_each_layer_on_the_teachers_features(config):
     student = with_noise(create_model(config, nnx.Rngs(0)), 1)
     x, *shared = teacher.begin(TOKENS, SEGMENTS)
     errors = []
-    for number, kind in enumerate(layer_kinds(config.attention, config.depth)):
+    for number, kind in enumerate(config.attention.kinds(config.depth)):
         theirs, ours = layer_of(teacher.layers, number), layer_of(student.layers, number)
-        target = theirs.attend(x, *shared, "softmax")
+        target = theirs.of_kind("softmax").attend(x, *shared)
         if kind == "augmented":
-            errors.append(np.square(ours.attend(x, *shared, kind) - target).mean(axis=-1))
+            errors.append(np.square(ours.of_kind(kind).attend(x, *shared) - target).mean(axis=-1))
         x = theirs.feed(x + target)
     found = attention_errors(student, teacher, TOKENS, SEGMENTS)
     assert len(errors) == 2 and float(np.mean(found)) > 1e-3
@@ -71,7 +79,7 @@ def test_it_is_the_error_of_each_layer_on_the_teachers_features(config):
 def test_the_teacher_goes_on_as_the_softmax_model():
     """The features that it hands on are those of the model with softmax attention, whatever the student does."""
     config = CONFIGS[0]
-    plain = dataclasses.replace(config, attention=AttentionConfig(kind="softmax", convolution=0))
+    plain = dataclasses.replace(config, attention=SoftmaxConfig())
     teacher, softmax = create_model(config, nnx.Rngs(0)), create_model(plain, nnx.Rngs(0))
     wide = dataclasses.replace(config, attention=dataclasses.replace(ATTENTION, group_size=32, softmax_layers=()))
     window = create_model(wide, nnx.Rngs(0))

@@ -17,7 +17,7 @@ from lin_jax.convert.program import convert
 from lin_jax.convert.source import Input, read_source
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import (
-    AttentionConfig,
+    AugmentedConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -29,6 +29,7 @@ from lin_jax.experiment import (
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
+    SoftmaxConfig,
     TrainConfig,
 )
 from lin_jax.layers.parameter import parameters_by_path
@@ -43,8 +44,8 @@ from lin_jax.train.trainable import structure_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SOFTMAX = AttentionConfig(kind="softmax", convolution=0)
-LINEAR = AttentionConfig(local="softmax", group_size=4, convolution=3)
+SOFTMAX = SoftmaxConfig()
+LINEAR = AugmentedConfig(local="softmax", group_size=4, convolution=3)
 MODEL = LlamaConfig(
     vocabulary_size=257, width=16, depth=2, heads=2, key_value_heads=1, head_size=8, feed_forward_size=24
 )

@@ -20,7 +20,6 @@ from lin_jax.convert.hugging_face import ModelWeights, shapes_of, write_hugging_
 from lin_jax.data.files import text_files
 from lin_jax.data.tokenizers import load_tokenizer
 from lin_jax.experiment import (
-    AttentionConfig,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -28,6 +27,7 @@ from lin_jax.experiment import (
     FlashConfig,
     Gpt2Config,
     OptimizerConfig,
+    SoftmaxConfig,
     TrainConfig,
 )
 from lin_jax.train import trainable
@@ -125,7 +125,7 @@ def write_tokenizer(directory):
 
 def test_conversions_there_and_back(bucket, tmp_path, capsys):
     write_tokenizer(bucket / "theirs")
-    attention = AttentionConfig(kind="softmax", convolution=0)
+    attention = SoftmaxConfig()
     sizes = {"width": 8, "depth": 1, "heads": 2, "feed_forward_size": 8, "positions": 16}
     model = Gpt2Config(vocabulary_size=2, attention=attention, **sizes)
     random = np.random.default_rng(0)

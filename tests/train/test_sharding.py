@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lin_jax.experiment import AttentionConfig, Config, ConfigError, DataConfig, FlashConfig, LlamaConfig, MeshConfig
+from lin_jax.experiment import AugmentedConfig, Config, ConfigError, DataConfig, FlashConfig, LlamaConfig, MeshConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
 from lin_jax.train import sharding
@@ -84,17 +84,17 @@ LLAMA = {"heads": 6, "key_value_heads": 2, "feed_forward_size": 60}
         ({"sequence": 8}, LlamaConfig(), 1001, r"data\.sequence_length=1001 .* mesh\.sequence=8"),
         (
             {"sequence": 8},
-            LlamaConfig(attention=AttentionConfig(group_size=64)),
+            LlamaConfig(attention=AugmentedConfig(group_size=64)),
             768,
             "is 96 tokens each, which is no multiple of model.attention.group_size=64",
         ),
         (
             {"sequence": 8},
-            LlamaConfig(attention=AttentionConfig(group_size=64, local_groups=2)),
+            LlamaConfig(attention=AugmentedConfig(group_size=64, local_groups=2)),
             512,
             "is 64 tokens each, fewer than the 127 that .*local_groups=2, group_size=64 and convolution=32",
         ),
-        ({"sequence": 2}, FlashConfig(attention=AttentionConfig(causal=False)), 1024, "attention.causal=false"),
+        ({"sequence": 2}, FlashConfig(attention=AugmentedConfig(causal=False)), 1024, "attention.causal=false"),
     ],
 )
 def test_a_model_that_does_not_fit_is_told(mesh, model, length, message):

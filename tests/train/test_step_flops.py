@@ -4,7 +4,6 @@ import jax
 import pytest
 
 from lin_jax.experiment import (
-    AttentionConfig,
     Config,
     DataConfig,
     FinetuneConfig,
@@ -12,6 +11,7 @@ from lin_jax.experiment import (
     LoraConfig,
     MedusaConfig,
     MeshConfig,
+    SoftmaxConfig,
 )
 from lin_jax.plan.compiled import trace
 from lin_jax.train.parts import abstract_batch, make_step
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 2, 256
 # One layer and one chunk of everything, as XLA counts the body of a loop once.
-SOFTMAX = AttentionConfig(kind="softmax", convolution=0)
+SOFTMAX = SoftmaxConfig()
 
 
 def settings(remat="none", **finetune):

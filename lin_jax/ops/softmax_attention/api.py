@@ -77,7 +77,7 @@ def longlora_attention(
     """
     B, T, H, _ = q_BTHD.shape
     if shift == "released" and (segment_ids_BT is not None or T % split):
-        raise ValueError(f"longlora_shift=released needs whole rows of a multiple of {split} tokens, but T is {T}")
+        raise ValueError(f"shift=released needs whole rows of a multiple of {split} tokens, but T is {T}")
     G = -(-T // split)
     k_BTHD, v_BTHE = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BTKD, v_BTKE))
     run_BT = jnp.ones((B, T), jnp.int32)

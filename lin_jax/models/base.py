@@ -1,0 +1,403 @@
+"""What models are: their settings, what others ask of them, and the verbs of those that decode."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes
+from lin_jax.attentions.registry import ATTENTIONS, attention_of_kind
+from lin_jax.layers.parameter import Path
+from lin_jax.layers.partition import WHOLE, Partition
+from lin_jax.layers.rows import Rows
+from lin_jax.layers.stack import each_layer, run_layers, unstack_layers
+from lin_jax.ops.tree import Tree
+from lin_jax.settings.base import DTYPE_DOC, REMAT_DOC, require, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the settings of all models have. `architecture` names the entry of the registry.
+
+    Attributes:
+        free: settings that may differ from those of the model that a run starts from, as they don't say what its
+            parameters are.
+        row_limit: tokens of the longest row that the model can read; None: any number.
+    """
+
+    architecture: str
+    vocabulary_size: int = setting(32000, "tokens V that the model knows")
+    width: int = setting(512, "model width C")
+    depth: int = setting(8, "layers L")
+    attention: AttentionConfig
+    dtype: Literal["float32", "bfloat16"] = setting("float32", DTYPE_DOC)
+    remat: Literal["none", "full", "dots"] = setting("none", REMAT_DOC)
+
+    free: ClassVar[tuple[str, ...]] = ("attention", "dtype", "remat")
+
+    @property
+    def row_limit(self) -> int | None:
+        """Return the tokens of the longest row; None where there is no limit."""
+        return None
+
+    def check_segments(self) -> None:
+        """Raise `ConfigError` where the model cannot keep the documents of a row apart."""
+
+
+class Matrix(NamedTuple):
+    """A parameter that features are multiplied with: its path in the model, its shape, in how many layers it is."""
+
+    path: Path
+    inputs: int
+    outputs: int
+    layers: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Operations per token."""
+        return 2 * self.inputs * self.outputs * self.layers
+
+
+class Model(nnx.Module):
+    """A model, and what sharding, plans, conversion and finetuning ask of its kind.
+
+    Attributes:
+        settings: the class of its settings.
+        cut_sizes: settings that a mesh must divide, by the logical axis that they are the size of.
+        conversion: `module:attribute` of what knows its names in Hugging Face's form, or the thing itself; None: it
+            has none.
+        has_softmax_form: whether its layers are made of `attend` and `feed`, so that softmax attention can stand in
+            any of them: what attention transfer needs.
+        plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
+    """
+
+    settings: ClassVar[type[ModelConfig]]
+    cut_sizes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    conversion: ClassVar[Any] = None
+    has_softmax_form: ClassVar[bool] = False
+    plain_scores: ClassVar[bool] = True
+    config: Any
+
+    @classmethod
+    def head_sizes(cls, config: Any) -> HeadSizes:
+        """Return the sizes of the heads of every attention."""
+        raise NotImplementedError
+
+    @classmethod
+    def matrices(cls, config: Any) -> list[Matrix]:
+        """Return the matrices of all layers, in the order in which they are used."""
+        raise NotImplementedError
+
+    @classmethod
+    def head_path(cls, config: Any) -> Path:
+        """Return the path of the matrix that makes the logits."""
+        return ("logits", "kernel")
+
+    @classmethod
+    def attention_flops(cls, config: Any, tokens: int, *, tiled: bool = False) -> int:
+        """Return the operations of all layers' attentions in a forward pass, per token; see `Attention.flops`."""
+        return sum(_flops_by_layer(cls, config, tokens, tiled and cls.plain_scores))
+
+    @classmethod
+    def recomputed_flops(cls, config: Any, tokens: int) -> int:
+        """Return those that the backward pass repeats anyway, see `Attention.recomputed_flops`."""
+        sizes, attention = cls.head_sizes(config), config.attention
+        own = ATTENTIONS[attention.kind].recomputed_flops(attention, sizes, tokens)
+        return own * attention.kinds(config.depth).count(attention.kind)
+
+
+def _flops_by_layer(model: type[Model], config: Any, tokens: int, tiled: bool) -> list[int]:
+    sizes, attention = model.head_sizes(config), config.attention
+    whole = {}
+    for kind in attention.kinds(config.depth):
+        settings = attention if kind == attention.kind else ATTENTIONS[kind].settings(kind=kind)
+        whole[kind] = ATTENTIONS[kind].flops(settings, sizes, tokens, tiled=tiled)
+    return [whole[kind] for kind in attention.kinds(config.depth)]
+
+
+class Layer(nnx.Module):
+    """A layer of a decoder: what it makes of features and of its own state."""
+
+    def of_kind(self, kind: str) -> Any:
+        """Return the layer with the attention that layers of a kind have, see `AttentionConfig.kinds`."""
+        return self
+
+    @abc.abstractmethod
+    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
+        """Apply the layer to whole rows; `shared` is what the model tells all layers."""
+
+    @abc.abstractmethod
+    def empty_state(self, batch: int, capacity: int) -> Any:
+        """Return the state before the first token."""
+
+    @abc.abstractmethod
+    def extend(
+        self, x_BTC: Float[Array, "B T C"], state: Any, count_B: Int[Array, " B"], *shared: Any
+    ) -> tuple[Float[Array, "B T C"], Any]:
+        """Apply the layer to tokens that follow a state; return the state after each row's first `count_B` too."""
+
+    @abc.abstractmethod
+    def verify(
+        self, x_BMC: Float[Array, "B M C"], state: Any, tree: Tree, *shared: Any
+    ) -> tuple[Float[Array, "B M C"], Any]:
+        """Apply the layer to the nodes of a tree that follows a state; return what `commit` needs of them too."""
+
+    @abc.abstractmethod
+    def commit(self, state: Any, pending: Any, path_BM: Int[Array, "B M"], count_B: Int[Array, " B"]) -> Any:
+        """Return the state after the first `count_B` nodes of each row's path."""
+
+
+class ResidualLayer(Layer):
+    """x + attention, then the feed-forward layer, for any kind of attention.
+
+    A model says how features become queries, keys and values (`project`), how outputs become what is added (`join`),
+    and what else the layer does (`feed`).
+    """
+
+    config: Any
+
+    @abc.abstractmethod
+    def project(self, x_BTC: Float[Array, "B T C"], partition: Partition, *shared: Any) -> tuple[Array, Array, Array]:
+        """Return queries [B, T, H, D], keys [B, T, K, D] and values [B, T, K, E]."""
+
+    @abc.abstractmethod
+    def join(self, y_BTHE: Float[Array, "B T H E"]) -> Float[Array, "B T C"]:
+        """Return what the attention adds, of the heads' outputs."""
+
+    @abc.abstractmethod
+    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """Return x with what the feed-forward layer adds."""
+
+    def holder(self) -> Any:
+        """Return the module whose `mixing` is the attention."""
+        return self
+
+    def of_kind(self, kind: str) -> Any:
+        """Return the layer with its own attention, or with the softmax attention that layers of this kind keep."""
+        mixing = attention_of_kind(self.holder().mixing, kind)
+        if mixing is self.holder().mixing:
+            return self
+        other = nnx.merge(*nnx.split(self))
+        other.holder().mixing = mixing
+        return other
+
+    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
+        """Apply the layer to whole rows."""
+        return self.feed(x_BTC + self.attend(x_BTC, rows, *shared))
+
+    def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
+        """Return what the attention adds."""
+        q_BTHD, k_BTKD, v_BTKE = self.project(x_BTC, rows.partition, *shared)
+        return self.join(self._attention(q_BTHD, k_BTKD, v_BTKE, rows))
+
+    def empty_state(self, batch: int, capacity: int) -> Any:
+        """Return the state before the first token, see `Attention.empty_state`."""
+        return self._attention.empty_state(self._sizes, batch, self.config.dtype, capacity)
+
+    def extend(
+        self, x_BTC: Float[Array, "B T C"], state: Any, count_B: Int[Array, " B"], *shared: Any
+    ) -> tuple[Float[Array, "B T C"], Any]:
+        """Apply the layer to tokens that follow a state."""
+        y_BTHE, after = self._attention.extend(*self.project(x_BTC, WHOLE, *shared), state, count_B)
+        return self.feed(x_BTC + self.join(y_BTHE)), after
+
+    def verify(
+        self, x_BMC: Float[Array, "B M C"], state: Any, tree: Tree, *shared: Any
+    ) -> tuple[Float[Array, "B M C"], Any]:
+        """Apply the layer to the nodes of a tree that follows a state."""
+        y_BMHE, pending = self._attention.verify(*self.project(x_BMC, WHOLE, *shared), state, tree)
+        return self.feed(x_BMC + self.join(y_BMHE)), pending
+
+    def commit(self, state: Any, pending: Any, path_BM: Int[Array, "B M"], count_B: Int[Array, " B"]) -> Any:
+        """Return the state after the first `count_B` nodes of each row's path."""
+        return self._attention.commit(state, pending, path_BM, count_B)
+
+    @property
+    def _attention(self) -> Attention:
+        return self.holder().mixing
+
+    @property
+    @abc.abstractmethod
+    def _sizes(self) -> HeadSizes: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderState:
+    """What a decoder knows of the `length_B` tokens that it has read in each row: the state of every layer."""
+
+    layers: tuple[Any, ...]
+    length_B: Int[Array, " B"]
+
+
+class Decoder(Model):
+    """A model of the next token: `embed`, stacked or single `layers`, `norm` and `head`.
+
+    It decodes with the layers' states. `medusa` holds Medusa heads where `lin_jax.load` found some. Layers are run one
+    after another when it decodes: their states then stay where they are, and are not copied in and out of a stack.
+    """
+
+    layers: Any
+    norm: Any
+    medusa: Any = None
+
+    @abc.abstractmethod
+    def begin(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None, partition: Partition = WHOLE
+    ) -> tuple[Any, ...]:
+        """Return what the first layer reads of whole rows, their `Rows`, and what else all layers are told."""
+
+    @abc.abstractmethod
+    def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
+        """Return what the first layer reads of tokens that follow a state, and what else all layers are told."""
+
+    @abc.abstractmethod
+    def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
+        """Return the logits of `features`, float32."""
+
+    def check_decodable(self, capacity: int) -> None:
+        """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""
+        attention = self.config.attention
+        reason = ATTENTIONS[attention.kind].undecodable(attention)
+        require(reason is None, str(reason))
+
+    def features(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        partition: Partition = WHOLE,
+    ) -> Float[Array, "B T C"]:
+        """Return what the head reads, in the compute type.
+
+        Args:
+            tokens_BT: token ids.
+            segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
+            partition: how rows, heads and vocabulary are cut over devices.
+
+        Raises:
+            ConfigError: T exceeds the positions that the model knows.
+        """
+        config = self.config
+        x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
+        kinds = config.attention.kinds(config.depth)
+        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds, partition=partition))
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Return the logits of the next token after each, see `features`."""
+        return self.head(self.features(tokens_BT, segment_ids_BT))
+
+    def empty_state(self, batch: int, capacity: int) -> DecoderState:
+        """Return the state of `batch` rows before their first token.
+
+        Args:
+            batch: rows B.
+            capacity: tokens of the longest sequence; only softmax attention, with its cache, takes memory for them.
+
+        Raises:
+            ConfigError: the model cannot decode, or not so many tokens.
+        """
+        self.check_decodable(capacity)
+        states = tuple(layer.empty_state(batch, capacity) for layer in self._without_parameters())
+        return DecoderState(states, jnp.zeros(batch, jnp.int32))
+
+    def _without_parameters(self) -> list[Layer]:
+        """The layers for what does not depend on their parameters; a whole stack serves as each of its layers."""
+        kinds = self.config.attention.kinds(self.config.depth)
+        layers = self.layers if isinstance(self.layers, nnx.List) else [self.layers] * len(kinds)
+        return [layer.of_kind(kind) for layer, kind in zip(layers, kinds, strict=True)]
+
+    def _each_layer(self) -> list[Layer]:
+        kinds, layers = self.config.attention.kinds(self.config.depth), each_layer(self.layers, self.config.depth)
+        return [layer.of_kind(kind) for layer, kind in zip(layers, kinds, strict=True)]
+
+    def forward(
+        self, tokens_BT: Int[Array, "B T"], state: DecoderState, real_BT: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T C"], DecoderState]:
+        """Read tokens that follow the state; a long text in several calls, each with a part of it.
+
+        Args:
+            tokens_BT: token ids.
+            state: of the tokens before.
+            real_BT: False for padding, which may stand anywhere in a row and changes nothing; None: there is none.
+
+        Returns:
+            The features of the tokens, which `head` reads (of padding: any numbers), and the state after them.
+        """
+        B, T = tokens_BT.shape
+        if real_BT is None:
+            return self._extend(tokens_BT, state, jnp.full(B, T, jnp.int32))
+        count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+        x_BTC, state = self._extend(jnp.take_along_axis(tokens_BT, order_BT, axis=1), state, count_B)
+        back_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1) - 1, 0)
+        return jnp.take_along_axis(x_BTC, back_BT[:, :, None], axis=1), state
+
+    def _extend(self, tokens_BT: Array, state: DecoderState, count_B: Array) -> tuple[Array, DecoderState]:
+        position_BT = state.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        x_BTC, shared = self.embed(tokens_BT, position_BT)
+        states = []
+        for layer, before in zip(self._each_layer(), state.layers, strict=True):
+            x_BTC, after = layer.extend(x_BTC, before, count_B, *shared)
+            states.append(after)
+        return self.norm(x_BTC), DecoderState(tuple(states), state.length_B + count_B)
+
+    def verify(
+        self, tokens_BM: Int[Array, "B M"], tree: Tree, state: DecoderState
+    ) -> tuple[Float[Array, "B M C"], tuple[Any, ...]]:
+        """Look at draft tokens: the nodes of a tree whose root follows the state.
+
+        Returns:
+            The features of every node, as if its path had been read; and what `commit` needs. The state stays.
+        """
+        x_BMC, shared = self.embed(tokens_BM, state.length_B[:, None] + jnp.asarray(tree.depth_M)[None])
+        pending = []
+        for layer, before in zip(self._each_layer(), state.layers, strict=True):
+            x_BMC, of_layer = layer.verify(x_BMC, before, tree, *shared)
+            pending.append(of_layer)
+        return self.norm(x_BMC), tuple(pending)
+
+    def commit(
+        self, state: DecoderState, pending: tuple[Any, ...], path_BM: Int[Array, "B M"], count_B: Int[Array, " B"]
+    ) -> DecoderState:
+        """Return the state after the first `count_B` nodes of each row's path, which may be none.
+
+        Args:
+            state: that the nodes were verified with.
+            pending: from `verify`.
+            path_BM: nodes from the root downwards; entries from `count_B` on are not looked at.
+            count_B: nodes to keep.
+        """
+        triples = zip(self._without_parameters(), state.layers, pending, strict=True)
+        states = tuple(layer.commit(before, of_layer, path_BM, count_B) for layer, before, of_layer in triples)
+        return DecoderState(states, state.length_B + count_B)
+
+
+def unstacked(model: Decoder) -> Decoder:
+    """Return the model with its layers apart and without Medusa heads, for decoding.
+
+    Reading layers from a stack would copy them at every step.
+    """
+    if isinstance(model.layers, nnx.List):
+        return model
+    graph, state = nnx.split(model)
+    copy = nnx.merge(graph, state)
+    copy.medusa = None
+    copy.layers = unstack_layers(model.layers, model.config.depth)
+    return copy
+
+
+def check_cache(config: Any, capacity: int) -> None:
+    """Raise `ConfigError` where softmax layers meet more tokens than the model was trained for."""
+    kinds: Sequence[str] = config.attention.kinds(config.depth)
+    require(
+        "softmax" not in kinds or capacity <= config.positions,
+        f"{capacity} tokens are more than the positions={config.positions} of a model with softmax attention: "
+        "ask for fewer",
+    )
