@@ -225,7 +225,8 @@ def check_llama_bench(case: Golden) -> None:
     turn = rotation(config.rope, rows.position_BT, config.head_size, config.positions)
 
     def loss(state, x):
-        y = nnx.merge(graph, state)(x, rows, turn, "augmented")
+        layer = nnx.merge(graph, state)
+        y = layer.join(layer.mixing(*layer.project(x, turn), rows))
         return jnp.sum(y * inputs["cotangent"]), y
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))

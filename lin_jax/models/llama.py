@@ -79,6 +79,19 @@ class LlamaAttention(nnx.Module):
         self.value = Linear(C, K * D, ("width", "heads"), **options)
         self.output = Linear(H * D, C, ("heads", "width"), **options)
         self.mixing = make_attention(config.attention, Llama.head_sizes(config), rngs)
+        self.head_size = D
+
+    def project(self, x_BTC: Float[Array, "B T C"], turn: Rotation) -> tuple[Array, Array, Array]:
+        """Return rotated queries and keys, and values."""
+        q_BTHD, k_BTKD = (rotate_halves(self._heads(linear(x_BTC)), turn) for linear in (self.query, self.key))
+        return q_BTHD, k_BTKD, self._heads(self.value(x_BTC))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.head_size)
+
+    def join(self, y_BTHE: Float[Array, "B T H E"]) -> Float[Array, "B T C"]:
+        """Return the heads' outputs as features."""
+        return self.output(y_BTHE.reshape(*y_BTHE.shape[:2], -1))
 
 
 class SwiGlu(nnx.Module):
@@ -119,17 +132,11 @@ class LlamaLayer(ResidualLayer):
         self, x_BTC: Float[Array, "B T C"], partition: Partition, *shared: Rotation
     ) -> tuple[Array, Array, Array]:
         """Return rotated queries and keys, and values."""
-        (turn,), normal_BTC = shared, self.attention_norm(x_BTC)
-        q_BTHD = rotate_halves(self._heads(self.attention.query(normal_BTC)), turn)
-        k_BTKD = rotate_halves(self._heads(self.attention.key(normal_BTC)), turn)
-        return q_BTHD, k_BTKD, self._heads(self.attention.value(normal_BTC))
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_size)
+        return self.attention.project(self.attention_norm(x_BTC), *shared)
 
     def join(self, y_BTHE: Float[Array, "B T H E"]) -> Float[Array, "B T C"]:
         """Return what the attention adds."""
-        return self.attention.output(y_BTHE.reshape(*y_BTHE.shape[:2], -1))
+        return self.attention.join(y_BTHE)
 
     def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         """Return x with what the feed-forward layer adds."""
