@@ -97,7 +97,7 @@ def test_refuses(kind, fields, message):
 
 def test_what_lies_on_a_border_is_taken():
     AugmentedConfig(group_size=1, local="none", grouped=False, convolution=1)
-    SoftmaxConfig(local="none", grouped=False)
+    SoftmaxConfig(causal=False)
     FlashConfig(rotary_size=0, bias_buckets=4, bias_max_distance=3)
     OptimizerConfig(beta1=0.0, gradient_clip=0.0)
     Config(train=TrainConfig(steps=1), optimizer=OptimizerConfig(schedule="constant", warmup_steps=5))

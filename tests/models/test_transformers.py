@@ -132,7 +132,7 @@ def test_hybrid_layers_one_by_one(family):
     graph, arrays = nnx.split(model.layers)
     for number, kind in enumerate(("softmax", "augmented", "softmax")):
         layer = nnx.merge(graph, jax.tree.map(lambda a, i=number: a[i], arrays))
-        x = layer(x, *shared, kind)
+        x = layer.of_kind(kind)(x, *shared)
     np.testing.assert_allclose(model.features(tokens), model.norm(x), atol=1e-5)
 
 

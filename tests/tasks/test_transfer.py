@@ -92,7 +92,7 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     config = CONFIGS[0]
     structure = make_structure(
         lambda rngs: create_model(config, rngs),
-        lambda path: "mixing" in path or "query" in path,
+        lambda path, roles: "new" in roles or "query" in path,
         keeps_start=True,
     )
     parameters, constants = structure.initialise(jnp.uint32(0))
