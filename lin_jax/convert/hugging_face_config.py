@@ -29,7 +29,7 @@ def attention_from(values: Mapping[str, Any], official: AttentionConfig | None) 
 
 def attention_from_dict(values: Mapping[str, Any], name: str) -> AttentionConfig:
     """Return settings of the kind that `values` name; raises `ConfigError`, which calls them `name`."""
-    return config_from_dict(dict(values), ATTENTIONS[values["kind"]].settings, name)
+    return config_from_dict(dict(values), ATTENTIONS[str(values.get("kind", "augmented"))].settings, name)
 
 
 def attention_to(attention: AttentionConfig) -> dict[str, Any]:
