@@ -65,10 +65,14 @@ def change_attention(weights: ModelWeights, config: ModelConfig, dtype: str | No
         require("new" in roles[path], f"the result has no place for {path}: only its attention can change")
     found = {path: array for path, array in arrays.items() if path in shapes}
     _check_shapes(found, shapes)
-    for path, start in _starts(config, new).items():
+    starts, fresh = _starts(config, new)
+    for path, start in starts.items():
         found[path] = start.astype(dtype or shapes[path].dtype)
     arrays = {path: found[path] for path in shapes}
-    return Changed(dataclasses.replace(weights, config=config, arrays=arrays), new, unused)
+    kept = {path: array for path, array in weights.constants.items() if path in fresh}
+    _check_shapes(kept, fresh)
+    changed = dataclasses.replace(weights, config=config, arrays=arrays, constants={**fresh, **kept})
+    return Changed(changed, new, unused)
 
 
 def _check_shapes(arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
@@ -80,13 +84,14 @@ def _check_shapes(arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         )
 
 
-def _starts(config: ModelConfig, paths: Sequence[str]) -> dict[str, Array]:
-    """Some parameters of a fresh model; the others are never made."""
+def _starts(config: ModelConfig, paths: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Some parameters and the constants of a fresh model; its other parameters are never made."""
     structure = make_structure(lambda rngs: create_model(config, rngs))
 
     @jax.jit
-    def start() -> dict[str, Array]:
-        flat = nnx.traversals.flatten_mapping(structure.initialise(jnp.uint32(SEED))[0])
-        return {path: flat[tuple(path.split("."))] for path in paths}
+    def start() -> tuple[dict[str, Array], dict[str, Array]]:
+        parameters, constants = map(nnx.traversals.flatten_mapping, structure.initialise(jnp.uint32(SEED)))
+        chosen = {path: parameters[tuple(path.split("."))] for path in paths}
+        return chosen, {".".join(path): array for path, array in constants.items()}
 
-    return start() if paths else {}
+    return start()

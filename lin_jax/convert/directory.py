@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lin_jax.convert.hub import TOKENIZER_FILES
-from lin_jax.convert.hugging_face import ModelWeights, write_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, nested, write_hugging_face
 from lin_jax.convert.medusa import write_heads
 from lin_jax.convert.source import Source
 from lin_jax.data.tokenizers import Tokenizer
@@ -58,7 +58,7 @@ def write_run(directory: Path, source: Source, weights: ModelWeights, target: st
     _check_space(directory, weights, None)
     config = dataclasses.replace(source.config, model=weights.config, workdir=target)
     try:
-        save_model(str(directory), weights.nested(), config, source.tokenizer)
+        save_model(str(directory), nested(weights.arrays), config, source.tokenizer, nested(weights.constants))
     except Exception as error:  # of the checkpoint library, which tells a full disk in several ways
         raise ConfigError(f"{target} cannot be written: {str(error).strip().splitlines()[0][:300]}") from error
     kept = Path(tokenizer_directory(str(directory))) / KEPT_TOKENIZER

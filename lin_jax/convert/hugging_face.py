@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,12 +19,15 @@ from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tens
 from lin_jax.convert.conversion import Conversion, conversion_of, conversion_of_type
 from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
 from lin_jax.convert.tensors import Renamed, Tensor, Tensors, are_equal
-from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.layers.parameter import constants_by_path, parameters_by_path
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.sharding import default_partition
+
+# How the names of a model's constants begin, which no other program knows.
+CONSTANTS = "lin_jax.constants."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +38,23 @@ class ModelWeights:
         config: the settings.
         arrays: the parameters, each in its own type.
         unused: names of the source's tensors that hold no parameters of the model.
+        constants: likewise by path.
     """
 
     config: ModelConfig
     arrays: Mapping[str, Array]
     unused: tuple[str, ...] = ()
+    constants: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def model(self) -> Any:
         """The model."""
         structure = make_structure(lambda rngs: create_model(self.config, rngs))
-        return structure.merge(self.nested(), {})
+        return structure.merge(nested(self.arrays), nested(self.constants))
 
-    def nested(self) -> dict[str, Any]:
-        """The parameters as the tree that checkpoints hold."""
-        return nnx.traversals.unflatten_mapping({tuple(path.split(".")): a for path, a in self.arrays.items()})
+
+def nested(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """Return arrays by path as the tree that checkpoints hold."""
+    return nnx.traversals.unflatten_mapping({tuple(path.split(".")): array for path, array in arrays.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +101,19 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, placement: P
     elif adapter is not None:
         tensors = Adapted(tensors, adapter, family.conv1d)
     config = family.config_from({**values, "tie_word_embeddings": is_tied}, tensors.shapes)
-    return read_tensors(config, family.name_table(config), tensors, family.ignored(config), placement)
+    ours = {name: name.removeprefix(CONSTANTS) for name in tensors if name.startswith(CONSTANTS)}
+    plain = Renamed(tensors, {name: name for name in tensors if name not in ours}) if ours else tensors
+    weights = read_tensors(config, family.name_table(config), plain, family.ignored(config), placement)
+    return dataclasses.replace(weights, constants=_read_constants(config, {ours[name]: tensors[name] for name in ours}))
+
+
+def _read_constants(config: ModelConfig, found: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """The constants of a model among a directory's own tensors."""
+    wanted = constants_by_path(nnx.eval_shape(lambda: create_model(config, nnx.Rngs(0))))
+    for path, shape in wanted.items():
+        require(path in found, f"the checkpoint lacks {CONSTANTS}{path}, a constant of its attention")
+        require(found[path].shape == shape.shape, f"{CONSTANTS}{path} has shape {found[path].shape}, not {shape.shape}")
+    return {path: jnp.asarray(found[path], jnp.float32) for path in wanted}
 
 
 def _tensors_in(directory: Path) -> Tensors:
@@ -214,3 +233,5 @@ def _tensors(family: Conversion, weights: ModelWeights, dtype: str | None) -> It
         yield tensor if dtype is None else dataclasses.replace(tensor, dtype=np.dtype(dtype))
     for name, array in family.extra_tensors(weights.config).items():
         yield Tensor(name, array.shape, np.dtype(dtype or array.dtype), functools.partial(np.asarray, array))
+    for path, constant in weights.constants.items():
+        yield Tensor(CONSTANTS + path, constant.shape, np.dtype(np.float32), functools.partial(np.asarray, constant))

@@ -13,7 +13,7 @@ from lin_jax.convert.tensors import Tensors
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
-from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.layers.parameter import constants_by_path, parameters_by_path
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.flash import FlashConfig
 from lin_jax.models.medusa import MedusaHeads, check_heads
@@ -90,11 +90,11 @@ def _read_run(path: Path, given: Input, placement: Placement) -> Source:
     merge_lora(model)
     heads = _heads_beside(path, config.model) if model.medusa is None else model.medusa
     model.medusa = None
-    arrays = parameters_by_path(model)
+    arrays, constants = parameters_by_path(model), constants_by_path(model)
     del model  # It holds them too.
     for name, array in arrays.items():
         arrays[name] = array.astype(placement.type_of(array.dtype.name))
-    weights = ModelWeights(config.model, arrays)
+    weights = ModelWeights(config.model, arrays, constants=constants)
     files = Path(tokenizer_files(str(path)))
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)

@@ -45,6 +45,22 @@ class Constant(nnx.Variable):
     """A value that belongs to the model but is not trained, such as a random projection."""
 
 
+def constant(value: Array, axes: tuple[str | None, ...]) -> Constant:
+    """Return a value that is not trained, which runs and conversions keep.
+
+    Args:
+        value: float32.
+        axes: a logical name an axis, as for `parameter`.
+    """
+    return Constant(value, axes=axes)
+
+
+def constants_by_path(model: Any) -> dict[str, Any]:
+    """Return the arrays of all constants, or what stands for them, by path joined by dots."""
+    flat = nnx.to_flat_state(nnx.state(model, Constant))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
     """Return numbers that are uniform in (-b, b) with b = fan_in ** -0.5.
 

@@ -15,7 +15,7 @@ from lin_jax.attentions.registry import ATTENTIONS, make_attention
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import NORMS, LayerNorm
-from lin_jax.layers.parameter import Constant, parameter, uniform
+from lin_jax.layers.parameter import constant, parameter, uniform
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.positions import bias_buckets, rotate, sinusoids, token_shift
 from lin_jax.layers.rows import Rows, place, tokens_in_sequence
@@ -147,7 +147,8 @@ class GatedAttention(Layer):
             self.filter = parameter(uniform(rngs.params(), (taps, 1), taps), (None, None), roles=("new", "attention"))
         if attention.widens:
             (projection,) = FEATURE_MAPS[attention.feature_map].arrays
-            self.projection = Constant(projection.draw(rngs.params(), D, attention.feature_size))
+            start = projection.draw(rngs.params(), D, attention.feature_size)
+            self.projection = constant(start, (None, "query_key"))
 
     def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
         """Apply the layer to whole rows."""

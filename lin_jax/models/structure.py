@@ -87,6 +87,12 @@ class Structure:
         """Where every parameter lies, by its metadata `axes`."""
         return self._map_parameters(lambda v: partition.sharding(v.axes, v.get_value().shape))
 
+    def constant_shardings(self, partition: Partition) -> Any:
+        """Return where every constant lies, by its metadata `axes`."""
+        flat = nnx.to_flat_state(self.abstract_constants)
+        lie = {path: partition.sharding(v.axes, v.get_value().shape) for path, v in flat}
+        return nnx.traversals.unflatten_mapping(lie)
+
     def gather(self, parameters: Any, partition: Partition) -> Any:
         """`parameters` with those that are not stacked layers gathered over what cuts the batch.
 

@@ -1,6 +1,7 @@
 """Models that are kept in a run's directory: written without training, and read to be used or trained further."""
 
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.lora import merge_lora
-from lin_jax.layers.parameter import parameters_by_path
+from lin_jax.layers.parameter import constants_by_path, parameters_by_path
 from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
@@ -23,7 +24,7 @@ from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import check_base, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.manifest import require_undamaged, saving_options
-from lin_jax.train.sharding import default_partition, make_mesh, replicated
+from lin_jax.train.sharding import default_partition, make_mesh
 from lin_jax.train.state import initial_state
 from lin_jax.train.trainable import new_parameters, structure_of
 from lin_jax.train.workdir import (
@@ -39,18 +40,21 @@ from lin_jax.train.workdir import (
 CHUNK_BYTES = 1 << 26
 
 
-def save_model(workdir: str, parameters: Any, config: Config, tokenizer: Tokenizer) -> None:
+def save_model(
+    workdir: str, parameters: Any, config: Config, tokenizer: Tokenizer, constants: Mapping[str, Any] | None = None
+) -> None:
     """Writes a model that `load_model` reads, as step 0 of a run that has not been trained.
 
     Takes little memory beside the parameters: they are written in chunks, not gathered first (no OCDBT).
 
     Args:
         workdir: a directory without checkpoints.
-        parameters: nested dictionaries of arrays, which keep their types; the model has no constants.
+        parameters: nested dictionaries of arrays, which keep their types.
         config: the settings, the model's among them.
         tokenizer: the one whose tokens the model knows.
+        constants: likewise nested, of a model that has some.
     """
-    item = {"parameters": parameters, "constants": {}}
+    item = {"parameters": parameters, "constants": dict(constants or {})}
     meta = {"config": config_to_dict(config), "checksums": {"model": checksums(item)}}
     directory = checkpoints_directory(workdir)
     options = ocp.CheckpointManagerOptions(
@@ -100,7 +104,7 @@ def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]
     structure = structure_of(config)
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
     partition = default_partition(mesh)
-    shardings = (structure.parameter_shardings(partition), jax.tree.map(lambda _: replicated(partition), shapes[1]))
+    shardings = (structure.parameter_shardings(partition), structure.constant_shardings(partition))
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
     wanted = {"parameters": structure.split(abstract[0])[0], "constants": abstract[1]}
     item = _as_saved(wanted, manager.directory / str(step) / "model")
@@ -124,7 +128,7 @@ def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
 
 
 def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax.Array]:
-    """The parameters of `config.finetune.checkpoint`, adapters merged, by path joined by dots.
+    """Return the parameters, adapters merged, and constants of `config.finetune.checkpoint`, by path joined by dots.
 
     Parameters of linearized attention and what tasks add to models may be missing or left over; those that are left
     over are left out.
@@ -144,7 +148,8 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     unused = sorted(found.keys() - wanted.keys() - added)
     require(not missing, f"finetune.checkpoint: {path} has no {', '.join(missing[:3])}")
     require(not unused, f"finetune.checkpoint: the model has no place for {', '.join(unused[:3])} of {path}")
-    used = {name: array for name, array in found.items() if name in wanted}
+    wanted |= constants_by_path(structure.abstract_constants)
+    used = {name: array for name, array in (found | constants_by_path(model)).items() if name in wanted}
     for name, array in used.items():
         shape = wanted[name].shape
         require(array.shape == shape, f"finetune.checkpoint: {name} is {array.shape} in {path}, but here {shape}")

@@ -39,7 +39,7 @@ def state_shardings(structure: Structure, optimizer: optax.GradientTransformatio
         step=whole,
         parameters=parameters,
         frozen=frozen,
-        constants=jax.tree.map(lambda _: whole, shapes.constants),
+        constants=structure.constant_shardings(partition),
         optimizer=optax.tree_map_params(
             optimizer, lambda _, sharding: sharding, shapes.optimizer, parameters, transform_non_params=lambda _: whole
         ),
@@ -58,17 +58,22 @@ def initial_state(
         structure: the model.
         optimizer: of the parameters that train.
         seed: of new parameters.
-        known: parameters that are not new, by path joined by dots.
+        known: parameters and constants that are not new, by path joined by dots.
     """
     parameters, constants = structure.initialise(seed)
     if known:
-        flat = nnx.traversals.flatten_mapping(parameters)
-        flat = {path: known.get(".".join(path), leaf) for path, leaf in flat.items()}
-        parameters = structure.complete(nnx.traversals.unflatten_mapping(flat), constants, known)
+        parameters, constants = (_replaced(tree, known) for tree in (parameters, constants))
+        parameters = structure.complete(parameters, constants, known)
     trained, frozen = structure.split(parameters)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     frozen = jax.tree.map(lambda leaf: leaf.astype(structure.frozen_dtype), frozen)
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, constants, optimizer.init(trained))
+
+
+def _replaced(tree: Any, known: Mapping[str, jax.Array]) -> Any:
+    """`tree` with the leaves that are known."""
+    flat = nnx.traversals.flatten_mapping(tree)
+    return nnx.traversals.unflatten_mapping({path: known.get(".".join(path), leaf) for path, leaf in flat.items()})
 
 
 def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

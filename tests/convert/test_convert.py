@@ -19,7 +19,14 @@ import convert_weights
 import eval as eval_program
 import train as train_program
 from lin_jax.convert import checkpoint_files, directory, gpt2, llama
-from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import (
+    ModelWeights,
+    Placement,
+    nested,
+    read_hugging_face,
+    shapes_of,
+    write_hugging_face,
+)
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import (
     AugmentedConfig,
@@ -409,7 +416,7 @@ def test_a_trained_model_goes_to_hugging_face(tmp_path, capsys):
 def test_hugging_face_has_no_flash(tmp_path, capsys):
     config = FlashConfig(vocabulary_size=257, width=4, depth=1, query_key_size=4, rotary_size=2)
     arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
-    save_model(str(tmp_path / "flash"), ModelWeights(config, arrays).nested(), Config(model=config), BytesTokenizer())
+    save_model(str(tmp_path / "flash"), nested(arrays), Config(model=config), BytesTokenizer())
     assert convert(tmp_path / "flash", tmp_path / "out", "--to", "hf") == 2
     assert_refused(capsys, "only llama and gpt2 models have Hugging Face's form, but this is a flash model")
 

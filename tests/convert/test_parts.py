@@ -12,7 +12,14 @@ from safetensors.numpy import load_file
 
 from lin_jax.convert import names, tensors
 from lin_jax.convert.checkpoint_files import CheckpointFiles
-from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, shapes_of, write_hugging_face
+from lin_jax.convert.hugging_face import (
+    ModelWeights,
+    Placement,
+    nested,
+    read_hugging_face,
+    shapes_of,
+    write_hugging_face,
+)
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import Config, DataConfig, LlamaConfig, MeshConfig, SoftmaxConfig
 from lin_jax.layers.parameter import parameters_by_path
@@ -97,7 +104,7 @@ def test_a_conversion_reads_and_writes_parts(directory, tmp_path, monkeypatch):
 
 
 def test_a_model_is_restored_in_parts(weights, tmp_path, monkeypatch):
-    save_model(str(tmp_path), weights.nested(), CONFIG, BytesTokenizer())
+    save_model(str(tmp_path), nested(weights.arrays), CONFIG, BytesTokenizer())
     read = []
 
     async def read_shard(original=serialization._read_shard, **arguments):
