@@ -37,7 +37,8 @@ def attention_to(attention: AttentionConfig) -> dict[str, Any]:
     if attention.kind == "softmax":
         return {}
     # The form that computes it belongs to a machine, not to a checkpoint.
-    return {KEY: {"attention": {**config_to_dict(attention), "implementation": None}}}
+    values = config_to_dict(attention)
+    return {KEY: {"attention": {name: value for name, value in values.items() if name != "implementation"}}}
 
 
 def compute_type(values: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
