@@ -375,7 +375,7 @@ class ToyLayer(ResidualLayer):
         return x_BTC
 
     @property
-    def _sizes(self):
+    def sizes(self):
         return Toy.head_sizes(self.config)
 
 
@@ -535,7 +535,7 @@ def test_a_model_decodes_trees_exactly(toy_run):
 
 def test_a_model_is_converted_there_and_back(toy_run, tmp_path, capsys):
     there, back = str(tmp_path / "hf"), str(tmp_path / "back")
-    assert convert_main(["--input", toy_run.workdir, "--output", there, "--to", "hf", "--check"]) == 0, capsys.readouterr()
+    assert convert_main(["--input", toy_run.workdir, "--output", there, "--to", "hf", "--check"]) == 0
     assert convert_main(["--input", there, "--output", back, "--check"]) == 0
     assert capsys.readouterr().out.count("result against source") == 2
     assert_same(everything(there), everything(toy_run.workdir))

@@ -197,7 +197,7 @@ class ResidualLayer(Layer):
 
     def empty_state(self, batch: int, capacity: int) -> Any:
         """Return the state before the first token, see `Attention.empty_state`."""
-        return self._attention.empty_state(self._sizes, batch, self.config.dtype, capacity)
+        return self._attention.empty_state(self.sizes, batch, self.config.dtype, capacity)
 
     def extend(
         self, x_BTC: Float[Array, "B T C"], state: Any, count_B: Int[Array, " B"], *shared: Any
@@ -223,7 +223,8 @@ class ResidualLayer(Layer):
 
     @property
     @abc.abstractmethod
-    def _sizes(self) -> HeadSizes: ...
+    def sizes(self) -> HeadSizes:
+        """Return the sizes of the attention's heads."""
 
 
 @jax.tree_util.register_dataclass

@@ -100,7 +100,8 @@ class Gpt2Layer(ResidualLayer):
         return x_BTC + self.down(wide_BTF)
 
     @property
-    def _sizes(self) -> HeadSizes:
+    def sizes(self) -> HeadSizes:
+        """Return the sizes of the attention's heads."""
         return Gpt2.head_sizes(self.config)
 
 

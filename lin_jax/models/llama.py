@@ -143,7 +143,8 @@ class LlamaLayer(ResidualLayer):
         return x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
 
     @property
-    def _sizes(self) -> HeadSizes:
+    def sizes(self) -> HeadSizes:
+        """Return the sizes of the attention's heads."""
         return Llama.head_sizes(self.config)
 
 
