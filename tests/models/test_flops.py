@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from lin_jax.attentions.registry import with_kind
-from lin_jax.experiment import AugmentedConfig, FlashConfig
+from lin_jax.experiment import AugmentedConfig, FlashConfig, Gpt2Config, LlamaConfig, SoftmaxConfig
 from lin_jax.models.flash import Flash
 from lin_jax.models.flops import training_flops_per_token
 
@@ -54,3 +54,14 @@ def test_layers_add_up():
     one, three = (FlashConfig(depth=depth) for depth in (1, 3))
     head = 3 * 2 * 768 * 50257
     assert training_flops_per_token(three, 1024) - head == 3 * (training_flops_per_token(one, 1024) - head)
+
+
+def test_operations_are_counted():
+    """LLaMA-2-7B: 6 operations a parameter and token but for the embedding, and the scores."""
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
+    softmax = LlamaConfig(attention=SoftmaxConfig())
+    assert training_flops_per_token(softmax, 4096) == 6 * matrices + 3 * 32 * 4 * 4096 * 4096
+    augmented = LlamaConfig(attention=AugmentedConfig(group_size=64))
+    assert training_flops_per_token(augmented, 4096) == 6 * matrices + 3 * 32 * (4 * 64 * 4096 + 4 * 4096 * 128)
+    gpt2 = Gpt2Config(attention=SoftmaxConfig())
+    assert training_flops_per_token(gpt2, 1024) == 6 * (12 * 12 * 768**2 + 768 * 50257) + 3 * 12 * 4 * 1024 * 768
