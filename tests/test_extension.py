@@ -19,7 +19,7 @@ from lin_jax.convert.conversion import Conversion, attention_entries
 from lin_jax.convert.hugging_face_config import attention_from, attention_to
 from lin_jax.convert.load import load
 from lin_jax.convert.names import Entry, transposed
-from lin_jax.data.pipeline import validation_batches
+from lin_jax.data.pipeline import training_batches, validation_batches
 from lin_jax.experiment import (
     AugmentedConfig,
     CheckpointConfig,
@@ -49,6 +49,7 @@ from lin_jax.plan import plan
 from lin_jax.settings.base import require, setting, variants
 from lin_jax.settings.command_line import load_config
 from lin_jax.tasks.base import BatchField, ResultFile
+from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums
 from lin_jax.tasks.registry import TASKS
 from lin_jax.tasks.text import TextTask
@@ -133,11 +134,38 @@ class Parity(TextTask):
         return [ResultFile("predictions.json", json.dumps({"says": values["says"]}), "what it says")]
 
 
+# A task with a teacher: another model, which a run made, and which only gives its opinion.
+
+
+class Distillation(LanguageModelling):
+    """Give the distribution of the next token that the teacher gives."""
+
+    teacher = ""
+
+    @property
+    def teachers(self):
+        return {"teacher": self.teacher}
+
+    def loss(self, structure, partition):
+        def loss(trained, frozen, constants, batch):
+            model = structure.model(trained, frozen, constants, partition)
+            logits_BTV = model.head(self.features(model, batch, partition))
+            wanted_BTV = jax.nn.softmax(model.teacher.head(self.features(model.teacher, batch, partition)))
+            nll_BT = -jnp.sum(wanted_BTV * jax.nn.log_softmax(logits_BTV), axis=-1)
+            nll = jnp.sum(nll_BT * batch["weights"])
+            return LossSums(nll, nll, jnp.sum(batch["weights"]))
+
+        return loss
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    TASKS.register("parity", Parity)
+    added = {"parity": Parity, "distillation": Distillation}
+    for name, task in added.items():
+        TASKS.register(name, task)
     yield
-    del TASKS._entries["parity"]
+    for name in added:
+        del TASKS._entries[name]
 
 
 @pytest.fixture(scope="module")
@@ -227,22 +255,28 @@ def test_its_measures_are_those_of_the_saved_model(whole):
     assert last["rows"] == rows
 
 
-def test_a_task_goes_on_bit_for_bit(whole, settings, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Stands for the end of the process."""
+class Killed(BaseException):
+    """Stands for the end of the process."""
 
+
+def train_killed(config, monkeypatch, at):
+    """Train until the process ends after a step."""
     original = loop.MetricsLog.add
 
     def add(self, step, values):
-        if step == 11:
+        if step == at:
             raise Killed
         original(self, step, values)
 
-    config, lines = settings(tmp_path / "run"), []
     with monkeypatch.context() as patch:
         patch.setattr(loop.MetricsLog, "add", add)
         with pytest.raises(Killed):
-            train(config, lines.append)
+            train(config, lambda line: None)
+
+
+def test_a_task_goes_on_bit_for_bit(whole, settings, tmp_path, monkeypatch):
+    config, lines = settings(tmp_path / "run"), []
+    train_killed(config, monkeypatch, 11)
     train(config, lines.append)
     assert any("resumed from the checkpoint of step 8" in line for line in lines)
     assert metrics(config) == metrics(whole[0])
@@ -598,3 +632,64 @@ def test_a_feature_map_runs_in_every_form_that_is_no_kernel():
                 named(tokens)
     finally:
         del FEATURE_MAPS["cube"]
+
+
+@pytest.fixture(scope="module")
+def teacher(settings, tmp_path_factory):
+    """A run of a wider model, with random projections that a run keeps."""
+    attention = AugmentedConfig(group_size=8, convolution=4, feature_map="favor", feature_size=16)
+    model = FlashConfig(vocabulary_size=257, width=24, depth=1, query_key_size=8, rotary_size=4, attention=attention)
+    config = settings(
+        tmp_path_factory.mktemp("teacher") / "run",
+        model=model,
+        finetune=FinetuneConfig(),
+        train=TrainConfig(steps=4, evaluate_batches=1),
+    )
+    train(config, lambda line: None)
+    return config.workdir
+
+
+@pytest.fixture
+def distilling(settings, teacher, monkeypatch):
+    monkeypatch.setattr(Distillation, "teacher", teacher)
+    short = TrainConfig(steps=6, evaluate_every=3, evaluate_batches=1)
+    checkpoint = CheckpointConfig(every=2)
+    return lambda workdir: settings(
+        workdir, finetune=FinetuneConfig(objective="distillation"), train=short, checkpoint=checkpoint
+    )
+
+
+def test_a_teacher_teaches_and_stays_where_it_is(distilling, teacher, tmp_path, monkeypatch):
+    whole, config = distilling(tmp_path / "whole"), distilling(tmp_path / "run")
+    train(whole, lambda line: None)
+    train_killed(config, monkeypatch, 5)
+    train(config, lambda line: None)
+    assert metrics(config) == metrics(whole)
+    jax.tree.map(np.testing.assert_array_equal, parameters(config), parameters(whole))
+    assert "teacher" not in parameters(whole) and not hasattr(load_model(whole.workdir)[0], "teacher")
+    losses = [line["loss"] for line in metrics(whole) if "loss" in line]
+    assert losses[-1] < losses[0]
+    # The first loss, by hand: of the student before any step, which the same seed makes again.
+    student, (theirs, tokenizer, _) = create_model(whole.model, nnx.Rngs(jax.random.key(0))), load_model(teacher)
+    batch = next(training_batches(whole.data, tokenizer))
+    wanted, found = (jax.nn.log_softmax(model(jnp.asarray(batch["tokens"]))) for model in (theirs, student))
+    nll = -(np.exp(np.asarray(wanted)) * np.asarray(found)).sum(axis=-1)
+    np.testing.assert_allclose(losses[0], (nll * batch["weights"]).sum() / batch["weights"].sum(), rtol=1e-4)
+
+
+def test_another_teacher_is_refused(distilling, teacher, settings, tmp_path, monkeypatch):
+    config = distilling(tmp_path / "run")
+    train_killed(config, monkeypatch, 4)
+    other = settings(
+        tmp_path / "other",
+        model=load_model(teacher)[2].model,
+        finetune=FinetuneConfig(),
+        train=TrainConfig(steps=1, evaluate_batches=1, seed=1),
+    )
+    train(other, lambda line: None)
+    monkeypatch.setattr(Distillation, "teacher", other.workdir)
+    with pytest.raises(ConfigError, match=f"the parameters in teacher {other.workdir} are not those"):
+        train(config, lambda line: None)
+    monkeypatch.setattr(Distillation, "teacher", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="there is no checkpoint in .*none"):
+        train(config, lambda line: None)

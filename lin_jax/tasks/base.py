@@ -152,6 +152,14 @@ class Task(abc.ABC):
 
     # What is learned.
 
+    @property
+    def teachers(self) -> Mapping[str, str]:
+        """Models that the loss needs beside the one that learns: by name, the runs that they are read from.
+
+        While a run trains, its model has them under these names. They never train, and a run keeps none of them.
+        """
+        return {}
+
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:  # noqa: B027 (most tasks add nothing)
         """Add to a new model what `adds` names."""
 

@@ -62,11 +62,12 @@ class TextTask(Task):
         self, model: Any, features_BTC: Float[Array, "B T C"], batch: Batch, partition: Partition, *, z_loss: float
     ) -> LossSums:
         """Return the cross-entropy of the next tokens, given what `features` gives."""
-        # The layers are no part of the head, and many.
-        graph, used, layers = nnx.split(model, lambda path, _: path[0] != "layers", ...)
+        # Layers and teachers are no part of the head, and many.
+        others = {"layers", *self.teachers}
+        graph, used, unused = nnx.split(model, lambda path, _: path[0] not in others, ...)
 
         def head(used: Any, x: Array) -> Array:
-            merged: Any = nnx.merge(graph, used, layers)
+            merged: Any = nnx.merge(graph, used, unused)
             return merged.head(x)
 
         return sharded_loss(

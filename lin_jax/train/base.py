@@ -50,9 +50,15 @@ def _require_same_attention(old: Mapping[str, Any], new: Mapping[str, Any], fine
 
 def require_same_frozen(frozen: Any, meta: Mapping[str, Any], config: Config) -> None:
     """Raise `ConfigError` unless `frozen` is what the run of a checkpoint with this `meta` did not train."""
+    absent = task_of(config).teachers.keys() - frozen.keys()  # Only training has teachers.
     saved = meta["checksums"].get("frozen", {})
-    require(
-        checksums(frozen) == saved,
-        f"the parameters in finetune.checkpoint={config.finetune.checkpoint} are not those that the run in "
-        f"{config.workdir} was started from: put them back, or choose another --config.workdir",
-    )
+    saved = {name: value for name, value in saved.items() if name.partition(".")[0] not in absent}
+    found, teachers = checksums(frozen), task_of(config).teachers
+    for path in sorted(found.keys() | saved.keys()):
+        top = path.partition(".")[0]
+        what = f"teacher {teachers[top]}" if top in teachers else f"finetune.checkpoint={config.finetune.checkpoint}"
+        require(
+            found.get(path) == saved.get(path),
+            f"the parameters in {what} are not those that the run in {config.workdir} was started from: put them "
+            "back, or choose another --config.workdir",
+        )

@@ -1,7 +1,7 @@
 """Models that are kept in a run's directory: written without training, and read to be used or trained further."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
 from lin_jax.settings.mesh import MeshConfig
+from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import check_base, require_same_frozen, require_same_model
 from lin_jax.train.checksums import checksums, require_checksums
@@ -101,13 +102,13 @@ def _load_step(manager: Any, step: int, mesh: Mesh) -> tuple[Config, nnx.Module]
     meta = read_meta(manager, step)
     require_undamaged(manager.directory / str(step), ("model",))
     config = config_from_dict(meta["config"])
-    structure = structure_of(config)
+    structure = structure_of(config, teachers=False)
     shapes = jax.eval_shape(structure.initialise, jnp.uint32(0))
     partition = default_partition(mesh)
     shardings = (structure.parameter_shardings(partition), structure.constant_shardings(partition))
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
     wanted = {"parameters": structure.split(abstract[0])[0], "constants": abstract[1]}
-    item = _as_saved(wanted, manager.directory / str(step) / "model")
+    item = _as_saved(wanted, manager.directory / str(step) / "model", leaving=task_of(config).teachers)
     found = _restore_one_by_one(manager, step, item)
     require_checksums({"model": found}, meta)
     frozen = _load_frozen(config, structure, mesh)
@@ -156,10 +157,25 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     return used
 
 
-def _as_saved(item: Any, directory: epath.Path) -> Any:
-    """`item`, arrays that are wanted, with the types that a checkpoint holds them in."""
+def load_teachers(task: Task, mesh: Mesh) -> dict[str, jax.Array]:
+    """Return the parameters and constants of a task's teachers, adapters merged, by path joined by dots."""
+    found: dict[str, jax.Array] = {}
+    for name, path in task.teachers.items():
+        model = load_model(path, mesh)[0]
+        merge_lora(model)
+        arrays = parameters_by_path(model) | constants_by_path(model)
+        found |= {f"{name}.{key}": array for key, array in arrays.items()}
+    return found
+
+
+def _as_saved(item: Any, directory: epath.Path, leaving: Collection[str]) -> Any:
+    """Return `item`, arrays that are wanted, with the types that a checkpoint holds them in.
+
+    It may hold others, under names `leaving` of parts of the model.
+    """
     saved = ocp.StandardCheckpointHandler().metadata(directory).tree
-    types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree.leaves_with_path(saved)}
+    leaves = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(saved) if path[1].key not in leaving]
+    types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in leaves}
     wanted = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(item)}
     if types.keys() != wanted:
         raise ValueError(f"{directory} holds other arrays than the model: {sorted(types.keys() ^ wanted)[:3]}")

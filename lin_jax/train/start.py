@@ -21,7 +21,7 @@ from lin_jax.train.base import check_base
 from lin_jax.train.distributed import agree_on, require_shared, settled
 from lin_jax.train.parts import Parts
 from lin_jax.train.record import write_run_record
-from lin_jax.train.saved_model import load_base
+from lin_jax.train.saved_model import load_base, load_teachers
 from lin_jax.train.state import TrainState, initial_state
 
 
@@ -83,6 +83,7 @@ def new_state(parts: Parts) -> TrainState:
     """Return the state before the first step, made in place on the devices."""
     config, structure = parts.config, parts.structure
     known = load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
+    known |= load_teachers(parts.task, parts.mesh)
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings
     )

@@ -14,10 +14,13 @@ from lin_jax.models.registry import create_model
 from lin_jax.models.structure import Structure, make_structure
 from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
+from lin_jax.train.workdir import read_settings
 
 
 def trains(task: Task, path: Path, roles: Sequence[Role]) -> bool:
-    """Return whether a parameter trains: adapters and what the task adds always do."""
+    """Return whether a parameter trains: adapters and what the task adds always do, teachers never."""
+    if path[0] in task.teachers:
+        return False
     chosen = {"adapter", *task.config.finetune.train}
     return "all" in chosen or path[0] in task.adds or not chosen.isdisjoint(roles)
 
@@ -27,7 +30,7 @@ def new_parameters(task: Task, model: Any) -> set[Path]:
     return {
         path
         for path, roles in roles_by_path(model).items()
-        if path[0] in task.adds or not {"new", "adapter"}.isdisjoint(roles)
+        if path[0] in (*task.adds, *task.teachers) or not {"new", "adapter"}.isdisjoint(roles)
     }
 
 
@@ -37,14 +40,21 @@ def step_flops(config: Config, *, tiled: bool = False) -> Flops:
     return task.flops(lambda path: trains(task, path, roles[path]), tiled=tiled)
 
 
-def structure_of(config: Config) -> Structure:
-    """Return the model that a run of `config` trains."""
+def structure_of(config: Config, *, teachers: bool = True) -> Structure:
+    """Return the model that a run of `config` trains, with the teachers it learns from or without.
+
+    Raises:
+        ConfigError: there is no run to read a teacher's settings from.
+    """
     task = task_of(config)
+    settings = {name: read_settings(path) for name, path in task.teachers.items()} if teachers else {}
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         model = create_model(config.model, rngs)
         add_lora(model, config.finetune.lora, rngs)
         task.extend(model, rngs)
+        for name, of_teacher in settings.items():
+            setattr(model, name, create_model(of_teacher.model, rngs))
         return model
 
     return make_structure(

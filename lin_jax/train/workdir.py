@@ -12,7 +12,8 @@ from etils import epath
 
 from lin_jax.experiment import Config
 from lin_jax.paths import absolute, is_remote, write_whole
-from lin_jax.settings.base import ConfigError
+from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.command_line import config_from_dict
 from lin_jax.settings.foreign import read_json
 from lin_jax.train.manifest import DamagedError, require_undamaged
 
@@ -120,6 +121,15 @@ def reader(directory: epath.Path) -> Any:
 def saved_steps(manager: Any) -> list[int]:
     """The steps of the checkpoints, newest first."""
     return sorted(manager.all_steps(), reverse=True)
+
+
+def read_settings(path: str) -> Config:
+    """Return the settings of a run; raise `ConfigError` where there is none."""
+    workdir, step = workdir_and_step(path)
+    with reader(checkpoints_directory(workdir)) as manager:
+        steps = [step] if step is not None else saved_steps(manager)
+        require(bool(steps), f"there is no checkpoint in {path}")
+        return config_from_dict(read_meta(manager, steps[0])["config"])
 
 
 def read_meta(manager: Any, step: int) -> Mapping[str, Any]:
