@@ -15,7 +15,7 @@ from lin_jax.convert.names import Entry, centred_filter, load, scalar, to_theirs
 from lin_jax.convert.tensors import Renamed, Tensors
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.flash import Flash, FlashConfig
-from lin_jax.settings.base import ConfigError
+from lin_jax.settings.base import ConfigError, require
 
 # Computed from the config, in the official code as in ours.
 IGNORED = ("inv_freq", "rotary_pos_emb.freqs")
@@ -53,7 +53,11 @@ def name_table(config: FlashConfig, kernel: int) -> list[Entry]:
 
 
 def config_from_official(official: Mapping[str, Any]) -> FlashConfig:
-    """Our config of the official model's constructor arguments; padding is as released."""
+    """Return our config of the official model's constructor arguments; padding is as released.
+
+    Raises:
+        ConfigError: arguments that ours has no settings for.
+    """
     attention = _attention_from_official(official)
     return FlashConfig(
         vocabulary_size=official["num_tokens"],
@@ -70,6 +74,12 @@ def config_from_official(official: Mapping[str, Any]) -> FlashConfig:
 
 
 def _attention_from_official(official: Mapping[str, Any]) -> AttentionConfig:
+    own_groups = official["global_"] and not official["causal"] and not official["reduce_group_non_causal_attn"]
+    whole = official["softmax"] or official["square"]
+    require(
+        whole or not own_groups,
+        "reduce_group_non_causal_attn=False is not supported: bidirectional grouped attention sums over all groups",
+    )
     activation: Literal["laplace", "relu2"] = "laplace" if official["laplace_attn_fn"] else "relu2"
     if official["softmax"]:
         return SoftmaxConfig(causal=official["causal"])
