@@ -426,9 +426,9 @@ def toy_table(config):
     ]
 
 
-def toy_from(values, shapes):
-    sizes = {name: values[name] for name in ("vocabulary_size", "width", "depth", "heads")}
-    return ToyConfig(**sizes, attention=attention_from(values, None))
+def toy_from(fields, shapes):
+    sizes = {name: fields.get(name, int) for name in ("vocabulary_size", "width", "depth", "heads")}
+    return ToyConfig(**sizes, attention=attention_from(fields, None))
 
 
 def toy_to(config):

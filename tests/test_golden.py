@@ -34,6 +34,7 @@ from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
 from lin_jax.ops.linear_attention import verify
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
+from lin_jax.settings.foreign import Fields
 from lin_jax.settings.generate import GenerateConfig
 from tests.golden import Golden, directory, golden_cases
 from tests.official_flags import (
@@ -206,7 +207,7 @@ def check_llama_train(case: Golden) -> None:
     if is_padded(arrays.get("attention_mask")):
         raise UnsupportedFlag("attention_mask: the official code hides padding from the local branch alone")
     attention = llama_attention(flags, shapes_of(theirs), arrays["ids"].shape[1])
-    config = llama.config_from_hugging_face(values, shapes_of(theirs))
+    config = llama.config_from_hugging_face(Fields(values, case.name), shapes_of(theirs))
     config = dataclasses.replace(config, attention=attention)
     found = load_transformer(config, llama, theirs, max(1, added_filters(flags)))
 
@@ -268,7 +269,7 @@ def check_gpt2(case: Golden) -> None:
     values, flags, arrays, theirs = case.config, case.config["flags"], case.arrays("in"), case.arrays("param")
     # FLASH=1 gives the model one head.
     values = values | {"n_head": 1} if flags.get("FLASH") else values
-    config = gpt2.config_from_hugging_face(values, shapes_of(theirs))
+    config = gpt2.config_from_hugging_face(Fields(values, case.name), shapes_of(theirs))
     config = dataclasses.replace(config, attention=gpt2_attention(flags, shapes_of(theirs)))
     found = load_transformer(config, gpt2, theirs)
     ids, mask = arrays["ids"], arrays.get("attention_mask")
@@ -313,7 +314,7 @@ def official_features(model: Gpt2, ids: np.ndarray, mask: np.ndarray | None):
 def check_llama_bench(case: Golden) -> None:
     arrays, theirs = case.arrays("in"), case.arrays("param")
     assert not is_padded(arrays.get("attention_mask")), "the official code has no answer for padding"
-    config = llama.config_from_hugging_face(case.config, shapes_of(theirs))
+    config = llama.config_from_hugging_face(Fields(case.config, case.name), shapes_of(theirs))
     config = dataclasses.replace(config, attention=benchmark_attention(case.config))
     if "hidden_states" in arrays:
         check_benchmark_attention(case, config)
@@ -456,7 +457,7 @@ def load_medusa(case: Golden) -> Speculation:
     values, theirs = case.config, case.arrays("param")
     backbone = {k.removeprefix("base_model."): x for k, x in theirs.items() if k.startswith("base_model.")}
     # The official code ignores rope_theta.
-    config = llama.config_from_hugging_face(values | {"rope_theta": 10000.0}, shapes_of(backbone))
+    config = llama.config_from_hugging_face(Fields(values | {"rope_theta": 10000.0}, case.name), shapes_of(backbone))
     attention = medusa_attention(values["flags"], shapes_of(backbone))
     found = load_transformer(dataclasses.replace(config, attention=attention), llama, backbone)
     heads = {k: x for k, x in theirs.items() if k.startswith("medusa_head.")}

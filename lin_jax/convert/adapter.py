@@ -1,18 +1,21 @@
 """LoRA adapters of PEFT, merged into the tensors of the model that they were trained on."""
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.tensors import Index, Tensors
-from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.base import require
+from lin_jax.settings.foreign import read_object
+from lin_jax.settings.typed import shown
+
+Number = TypeVar("Number", int, float)
 
 _SETTINGS = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,7 +39,9 @@ _KNOWN = {
     *("megatron_core", "qalora_group_size"),
 }
 # Ways to start that leave the model as it was. PiSSA, OLoRA and others take away from it what the factors start with.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_STARTS: tuple[bool | str | None, ...] = (None, True, False, "gaussian", "eva", "orthogonal")
+# Signs of repetition in a pattern of modules' names; each multiplies the time to try it by the length of a name.
+_REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,29 @@ class _Update:
     b: str
     scale: float
     transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What an adapter_config.json tells that matters for the sum.
+
+    Attributes:
+        rank: of factors that no pattern names; None where it is not told.
+        alpha: of updates that no pattern names.
+        rank_pattern: other ranks, by regular expressions of modules' names.
+        alpha_pattern: other alphas.
+        by_root: whether alpha is divided by the root of the rank (rsLoRA).
+        saved: modules that the file holds whole.
+        ties: see `Adapted`.
+    """
+
+    rank: int | None
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    by_root: bool
+    saved: tuple[str, ...]
+    ties: bool
 
 
 class Adapted(Tensors):
@@ -79,7 +107,7 @@ class Adapted(Tensors):
     def __init__(self, base: Tensors, directory: Path, conv1d: tuple[str, ...] = ()):
         self._base, self._directory = base, directory
         settings = _read_settings(directory)
-        self.ties = bool(settings.get("ensure_weight_tying"))
+        self.ties = settings.ties
         self._factors = CheckpointFiles(_adapter_file(directory))
         self._updates, whole = _sort_names(self._factors, settings, directory, conv1d)
         self._whole = {name: (self._factors, old) for name, old in whole.items()}
@@ -138,25 +166,45 @@ class Adapted(Tensors):
         self._require_shape(name, (a[1], b[0]) if update.transposed else (b[0], a[1]))
 
 
-def _read_settings(directory: Path) -> Mapping[str, Any]:
+def _read_settings(directory: Path) -> _Settings:
     file = directory / _SETTINGS
-    require(file.is_file(), f"{directory} is no adapter: it has no {_SETTINGS}")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    require(kind == "LORA", f"{file}: peft_type={kind} is not supported, only LORA")
-    require("lora_alpha" in settings, f"{file} lacks lora_alpha")
-    start = settings.get("init_lora_weights")
-    require(
+    require(file.exists(), f"{directory} is no adapter: it has no {_SETTINGS}")
+    fields = read_object(file)
+    kind = fields.get("peft_type", str)
+    fields.require(kind == "LORA", f"peft_type={kind} is not supported, only LORA")
+    start = fields.get("init_lora_weights", bool | str, None)
+    fields.require(
         start in _STARTS,
-        f"{file}: init_lora_weights={start} is not supported: such an adapter belongs to a model that its start "
-        "changed; let PEFT save it as plain LoRA, with path_initial_model_for_weight_conversion",
+        f"init_lora_weights={start} is not supported: such an adapter belongs to a model that its start changed; let "
+        "PEFT save it as plain LoRA, with path_initial_model_for_weight_conversion",
     )
-    for name, value in settings.items():
-        require(name in _KNOWN or not value, f"{file}: {name}={value!r:.80} is not supported")
-    return settings
+    for name in fields:
+        fields.require(
+            name in _KNOWN or not fields.values[name], f"{name}={shown(fields.values[name])} is not supported"
+        )
+    ranks, alphas = fields.get("rank_pattern", dict[str, int], {}), fields.get("alpha_pattern", dict[str, float], {})
+    for key in (*ranks, *alphas):
+        fields.require(
+            _is_plain_pattern(key), f"{key!r} is no pattern of a module's name, or may take for ever to match"
+        )
+    return _Settings(
+        rank=fields.get("r", int, None),
+        alpha=fields.get("lora_alpha", float),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        by_root=fields.get("use_rslora", bool, False),
+        saved=tuple(fields.get("modules_to_save", list[str], [])),
+        ties=fields.get("ensure_weight_tying", bool, False),
+    )
+
+
+def _is_plain_pattern(key: str) -> bool:
+    """Whether a regular expression can be tried on a module's name in no time: it repeats no groups, and few things."""
+    try:
+        re.compile(key)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return re.search(r"\)[*+{]", key) is None and len(re.findall(r"[*+{]", key)) <= _REPEATS
 
 
 def _adapter_file(directory: Path) -> Path:
@@ -171,7 +219,7 @@ def _plain(name: str) -> str:
 
 
 def _sort_names(
-    factors: Tensors, settings: Mapping[str, Any], directory: Path, conv1d: tuple[str, ...]
+    factors: Tensors, settings: _Settings, directory: Path, conv1d: tuple[str, ...]
 ) -> tuple[dict[str, _Update], dict[str, str]]:
     """The updates by the name of what they change, and the whole parameters by name with their names in the file."""
     pairs: dict[str, dict[str, str]] = {}
@@ -189,7 +237,7 @@ def _sort_names(
         lacking = [part for part in (a, b) if part not in pair]
         require(not lacking, f"{directory} lacks {', '.join(lacking)} of {module}")
         shapes = [factors.shapes[pair[part]] for part in (a, b)]
-        fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][0] == shapes[1][1]
+        fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][0] == shapes[1][1] > 0
         told = [f"{pair[part]} of shape {shape}" for part, shape in zip((a, b), shapes, strict=True)]
         require(fits, f"{directory}: {' and '.join(told)} are no factors of a matrix")
         scale = _scale(module, shapes[0][0], settings, directory)
@@ -197,22 +245,21 @@ def _sort_names(
     return updates, whole
 
 
-def _scale(module: str, rank: int, settings: Mapping[str, Any], directory: Path) -> float:
+def _scale(module: str, rank: int, settings: _Settings, directory: Path) -> float:
     """The factor of a module's update, as PEFT has it."""
-    expected = _of_pattern(settings.get("rank_pattern"), module, settings.get("r", rank))
+    expected = _of_pattern(settings.rank_pattern, module, rank if settings.rank is None else settings.rank)
     require(rank == expected, f"{directory}: the factors of {module} have rank {rank}, but its settings say {expected}")
-    alpha = _of_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    alpha = _of_pattern(settings.alpha_pattern, module, settings.alpha)
+    return alpha / (math.sqrt(rank) if settings.by_root else rank)
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+def _of_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
     """The value of the first pattern that matches the end of a module's name (PEFT's get_pattern_key)."""
-    matching = (key for key in patterns or () if re.match(rf"(.*\.)?({key})$", module))
-    key = next(matching, None)
-    return otherwise if key is None else (patterns or {})[key]
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matching, otherwise)
 
 
-def _require_saved(settings: Mapping[str, Any], whole: Mapping[str, Any], directory: Path) -> None:
-    for module in settings.get("modules_to_save") or ():
+def _require_saved(settings: _Settings, whole: Collection[str], directory: Path) -> None:
+    for module in settings.saved:
         found = any(f".{module}." in f".{name}" for name in whole)
         require(found, f"{directory} lacks {module}, which its modules_to_save names")

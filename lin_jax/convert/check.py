@@ -11,6 +11,7 @@ from flax import nnx
 
 from lin_jax.convert.hugging_face import ModelWeights
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.settings.base import require
 
 # Read by both models; a few hundred tokens.
 TEXT = (
@@ -21,24 +22,57 @@ TEXT = (
     'does it open?" she asked. Her grandmother smiled and said, "I have waited for that key for forty years."'
 )
 MAX_TOKENS = 512
+# Fewer would not tell two models apart.
+LEAST_TOKENS = 64
+# Logits of the same parameters in float32 differ by the order of sums alone. Narrower parameters are rounded, which
+# moves logits by about as much as they are large: 0.011 of the largest one for the stories260K model in bfloat16.
+TOLERANCE, NARROW_TOLERANCE = 1e-3, 2e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far the logits of two models lie apart on the same tokens."""
+    """How far the logits of two models lie apart on the same tokens.
+
+    Attributes:
+        largest: of all differences.
+        scale: the source's largest logit.
+        kl: mean of KL(source || result), nats per token.
+        tokens: that were compared.
+    """
 
     largest: float
+    scale: float
     kl: float
     tokens: int
 
     def __str__(self) -> str:
-        return f"max |logit difference| {self.largest:.2e}, KL {self.kl:.2e} nats a token, over {self.tokens} tokens"
+        return f"max |logit difference| {self.largest:.2e}, KL {self.kl:.2e} nats per token, over {self.tokens} tokens"
+
+    def require_small(self, what: str, narrow: bool) -> None:
+        """Raise `ConfigError` unless the two compute the same.
+
+        Args:
+            what: was compared with what, for the message.
+            narrow: whether parameters were rounded to a type of 16 bits.
+        """
+        tolerance = NARROW_TOLERANCE * max(1.0, self.scale) if narrow else TOLERANCE
+        # Not `>`: what is no number is no small one.
+        require(self.largest <= tolerance, f"{what}: {self}, more than {tolerance:.2g}; nothing was written")
 
 
-def check_tokens(tokenizer: Tokenizer, longest: int) -> np.ndarray:
-    """One row of `TEXT`, [1, T]."""
-    ids = [tokenizer.start_id, *tokenizer.encode(TEXT).tolist()]
-    return np.array([ids[: min(longest, MAX_TOKENS)]], np.int32)
+def check_tokens(tokenizer: Tokenizer, vocabulary_size: int, longest: int) -> np.ndarray:
+    """Return rows of `TEXT` with at least `LEAST_TOKENS` tokens, [B, T].
+
+    Args:
+        tokenizer: of both models.
+        vocabulary_size: tokens that they know; random ones go on where the text has too few of them.
+        longest: row that they take.
+    """
+    ids = [tokenizer.start_id, *tokenizer.encode(TEXT).tolist()][:MAX_TOKENS]
+    length = min(longest, max(len(ids), LEAST_TOKENS))
+    rows = -(-max(len(ids), LEAST_TOKENS) // length)
+    more = np.random.default_rng(0).integers(0, vocabulary_size, rows * length - len(ids))
+    return np.array([*ids, *more.tolist()], np.int32).reshape(rows, length)
 
 
 def logits_of(weights: ModelWeights, tokens_BT: np.ndarray) -> np.ndarray:
@@ -63,7 +97,8 @@ def logits_of_transformers(directory: Path, tokens_BT: np.ndarray) -> np.ndarray
 
 
 def compare(source_BTV: np.ndarray, result_BTV: np.ndarray) -> Difference:
-    """Largest difference, and the mean of KL(source || result)."""
+    """Return how far two models' logits lie apart."""
     source, result = (np.asarray(jax.nn.log_softmax(jnp.asarray(x), axis=-1)) for x in (source_BTV, result_BTV))
     kl = float(np.mean(np.sum(np.exp(source) * (source - result), axis=-1)))
-    return Difference(float(np.abs(source_BTV - result_BTV).max()), kl, source.shape[0] * source.shape[1])
+    largest, scale = float(np.abs(source_BTV - result_BTV).max()), float(np.abs(source_BTV).max())
+    return Difference(largest, scale, kl, source.shape[0] * source.shape[1])

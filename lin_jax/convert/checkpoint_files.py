@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lin_jax.convert.tensors import Index, Tensor, Tensors, listed
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.foreign import read_object
 
 # Bytes after which a file of tensors is closed and the next one begun.
 SHARD_BYTES = 4 << 30
@@ -100,10 +101,7 @@ def _locate(directory: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_index(index: Path) -> Iterator[tuple[str, Path]]:
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{index} is not an index of tensors: {error}") from error
+    where = read_object(index).get("weight_map", dict[str, str])
     directory = index.parent
     for file in sorted(set(where.values())):
         _require_inside(index, file)

@@ -11,6 +11,7 @@ from lin_jax.convert.names import Entry, centred_filter, scalar
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import ConfigError
+from lin_jax.settings.foreign import Fields
 
 
 class Conversion(NamedTuple):
@@ -26,18 +27,20 @@ class Conversion(NamedTuple):
         embedding: name of the embedding's tensor.
         head: name of the head's.
         is_tied: whether they are one where config.json does not say.
+        replaced: entries of config.json that say what others say which `config_to` writes.
         conv1d: projections, by the end of their names, whose matrices are [inputs, outputs].
     """
 
     model_type: str
     name_table: Callable[[Any], list[Entry]]
     ignored: Callable[[Any], tuple[str, ...]]
-    config_from: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
+    config_from: Callable[[Fields, Mapping[str, tuple[int, ...]]], Any]
     config_to: Callable[[Any], dict[str, Any]]
     extra_tensors: Callable[[Any], dict[str, np.ndarray]]
     embedding: str
     head: str
     is_tied: bool
+    replaced: tuple[str, ...] = ()
     conv1d: tuple[str, ...] = ()
 
 

@@ -64,14 +64,17 @@ def write_run(directory: Path, source: Source, weights: ModelWeights, target: st
     kept = Path(tokenizer_directory(str(directory))) / KEPT_TOKENIZER
     kept.mkdir()
     _copy_tokenizer(source.tokenizer_files, kept)
+    if source.entries:
+        (kept / "config.json").write_text(json.dumps(source.entries, indent=2) + "\n", encoding="utf-8")
     _write_heads(directory, source)
 
 
 def write_transformers(directory: Path, source: Source, weights: ModelWeights, dtype: str | None) -> None:
     """Write a directory that Hugging Face's library loads; `dtype` None keeps the type of each tensor."""
     _check_space(directory, weights, dtype)
-    tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": source.tokenizer.end_id}
-    write_hugging_face(directory, weights, dtype, tokens)
+    ends = source.tokenizer.end_ids
+    tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+    write_hugging_face(directory, weights, dtype, {**tokens, **source.entries})
     _copy_tokenizer(source.tokenizer_files, directory)
     _name_special_tokens(directory, source.tokenizer)
     _write_heads(directory, source)

@@ -7,10 +7,10 @@ import numpy as np
 
 from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.convert.conversion import Conversion, attention_entries
-from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
+from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, names_ending
 from lin_jax.convert.names import Entry, transposed
 from lin_jax.models.gpt2 import Gpt2Config
-from lin_jax.settings.base import require
+from lin_jax.settings.foreign import Fields
 
 # The names of what may be tied, and whether it is where config.json does not say.
 EMBEDDING, HEAD, IS_TIED = "transformer.wte.weight", "lm_head.weight", True
@@ -52,38 +52,40 @@ def ignored(config: Gpt2Config) -> tuple[str, ...]:
     return ("attn.bias", "attn.masked_bias", "attn.dconv_ada2.weight")
 
 
-def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Gpt2Config:
+def config_from_hugging_face(fields: Fields, shapes: Mapping[str, tuple[int, ...]]) -> Gpt2Config:
     """Our config of a config.json and the shapes of its tensors.
 
     Raises:
-        ConfigError: something is missing, or is not supported.
+        ConfigError: something is missing, of another type, or is not supported.
     """
-    width = find(values, "n_embd")
-    activation = values.get("activation_function", "gelu_new")
-    require(
+    width = fields.get("n_embd", int)
+    activation = fields.get("activation_function", str, "gelu_new")
+    fields.require(
         activation in ("gelu_new", "gelu_pytorch_tanh"),
-        f"config.json: activation_function={activation} is not supported; GPT-2's is gelu_new",
+        f"activation_function={activation} is not supported; GPT-2's is gelu_new",
     )
     for name, needed in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
-        require(values.get(name, needed) == needed, f"config.json: {name}={values.get(name)} is not supported")
+        found = fields.get(name, bool, needed)
+        fields.require(found == needed, f"{name}={str(found).lower()} is not supported")
     return Gpt2Config(
-        vocabulary_size=find(values, "vocab_size"),
+        vocabulary_size=fields.get("vocab_size", int),
         width=width,
-        depth=find(values, "n_layer"),
-        heads=find(values, "n_head"),
-        feed_forward_size=values.get("n_inner") or 4 * width,
-        positions=values.get("n_positions") or find(values, "n_ctx"),
-        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=values.get("tie_word_embeddings", IS_TIED),
-        labels=shapes["score.weight"][0] if "score.weight" in shapes else 0,
-        attention=attention_from(values, _official_attention(shapes)),
-        dtype=compute_type(values),
+        depth=fields.get("n_layer", int),
+        heads=fields.get("n_head", int),
+        feed_forward_size=fields.get("n_inner", int, 4 * width),
+        positions=fields.get("n_positions" if "n_positions" in fields else "n_ctx", int),
+        norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-5),
+        tie_embeddings=fields.get("tie_word_embeddings", bool, IS_TIED),
+        labels=shapes["score.weight"][0] if len(shapes.get("score.weight", ())) == 2 else 0,
+        attention=attention_from(fields, _official_attention(shapes)),
+        dtype=compute_type(fields),
     )
 
 
 def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfig | None:
     """What the names of an official linearized checkpoint tell: it has both parameters or none."""
-    kernels = [shape[2] for name, shape in shapes.items() if name.endswith("attn.dconv_ada.weight")]
+    filters = [shape for name, shape in shapes.items() if name.endswith("attn.dconv_ada.weight")]
+    kernels = [shape[2] for shape in filters if len(shape) == 4]
     if not kernels or not names_ending(shapes, "attn.alpha"):
         return None
     return AugmentedConfig(group_size=64, convolution=kernels[0] // 2 + 1)
@@ -125,5 +127,6 @@ CONVERSION = Conversion(
     embedding=EMBEDDING,
     head=HEAD,
     is_tied=IS_TIED,
+    replaced=("n_ctx",),
     conv1d=CONV1D,
 )

@@ -16,8 +16,12 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "encoder.json",
+    "vocab.bpe",
     "chat_template.jinja",
     "generation_config.json",
 )

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from lin_jax.convert.adapter import Adapted
 from lin_jax.convert.checkpoint_files import FLOATS, CheckpointFiles, write_tensors
 from lin_jax.convert.conversion import Conversion, conversion_of, conversion_of_type
+from lin_jax.convert.hugging_face_config import WRITTEN
 from lin_jax.convert.names import Entry, names_of, read, tensors_of, unused_names
 from lin_jax.convert.tensors import Renamed, Tensor, Tensors, are_equal
 from lin_jax.layers.parameter import constants_by_path, parameters_by_path
@@ -24,6 +25,7 @@ from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.foreign import Fields, read_object
 from lin_jax.train.sharding import default_partition
 
 # How the names of a model's constants begin, which no other program knows.
@@ -93,18 +95,31 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, placement: P
     Raises:
         ConfigError: it is not one, of an unknown architecture, or its files do not agree with each other.
     """
-    values = read_config(directory)
-    family, tensors = conversion_of_type(values.get("model_type"), str(directory)), _tensors_in(directory)
-    is_tied = bool(values.get("tie_word_embeddings", family.is_tied))
+    fields = read_config(directory)
+    family = conversion_of_type(fields.get("model_type", str), fields.place)
+    quantized = fields.section("quantization_config")
+    fields.require(not quantized, "quantization_config: quantized tensors are not supported, only floats")
+    tensors, is_tied = _tensors_in(directory), fields.get("tie_word_embeddings", bool, family.is_tied)
     if is_tied:
         tensors, is_tied = _untie(tensors, adapter, family)
     elif adapter is not None:
         tensors = Adapted(tensors, adapter, family.conv1d)
-    config = family.config_from({**values, "tie_word_embeddings": is_tied}, tensors.shapes)
+    config = _config(family, Fields({**fields.values, "tie_word_embeddings": is_tied}, fields.place), tensors)
     ours = {name: name.removeprefix(CONSTANTS) for name in tensors if name.startswith(CONSTANTS)}
     plain = Renamed(tensors, {name: name for name in tensors if name not in ours}) if ours else tensors
     weights = read_tensors(config, family.name_table(config), plain, family.ignored(config), placement)
     return dataclasses.replace(weights, constants=_read_constants(config, {ours[name]: tensors[name] for name in ours}))
+
+
+def _config(family: Conversion, fields: Fields, tensors: Tensors) -> Any:
+    """Our settings; raises `ConfigError`, which begins with the file."""
+    try:
+        config = family.config_from(fields, tensors.shapes)
+    except ConfigError as error:  # of our settings, where one of theirs has the right type and makes no sense
+        about = str(error)
+        raise ConfigError(about if about.startswith(fields.place) else f"{fields.place}: {about}") from error
+    fields.require(config.depth <= len(tensors), f"{config.depth} layers, but there are {len(tensors)} tensors")
+    return config
 
 
 def _read_constants(config: ModelConfig, found: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -197,16 +212,11 @@ def _type_of(entry: Entry, tensors: Tensors, depth: int, placement: Placement) -
     return np.result_type(*kinds) if kinds else np.dtype(np.float32)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> Fields:
     """The contents of config.json; raises `ConfigError` without it."""
     file = directory / "config.json"
-    require(file.is_file(), f"{directory} has no config.json, and is no run of lin_jax")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    require(isinstance(values, dict), f"{file} holds no settings")
-    return values
+    require(file.exists(), f"{directory} has no config.json, and is no run of lin_jax")
+    return read_object(file)
 
 
 def write_hugging_face(directory: Path, weights: ModelWeights, dtype: str | None, more: Mapping[str, Any]) -> None:
@@ -216,14 +226,16 @@ def write_hugging_face(directory: Path, weights: ModelWeights, dtype: str | None
         directory: exists.
         weights: the model.
         dtype: type of the tensors; None keeps that of each.
-        more: further entries of config.json, such as the ids of the tokens that begin and end a text.
+        more: further entries of config.json, such as the ids of the tokens that begin and end a text, or what the
+            source's config.json holds; those that the model decides are written from it.
 
     Raises:
         ConfigError: Hugging Face has no such model.
     """
     family, config = conversion_of(weights.config), weights.config
     kind = dtype or np.dtype(weights.arrays["embedding"].dtype).name
-    values = {**family.config_to(config), "torch_dtype": kind, **more}
+    kept = {name: value for name, value in more.items() if name not in (*WRITTEN, *family.replaced)}
+    values = {**kept, **family.config_to(config), "torch_dtype": kind}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_tensors(directory, list(_tensors(family, weights, dtype)))
 

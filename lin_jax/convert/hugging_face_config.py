@@ -6,24 +6,19 @@ from typing import Any, Literal
 from lin_jax.attentions.base import AttentionConfig
 from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.attentions.softmax import SoftmaxConfig
-from lin_jax.settings.base import ConfigError
 from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.settings.foreign import Fields
 
 # Our key in a config.json: which attention the tensors were trained with. Other programs pass over it.
 KEY = "lin_jax"
+# Entries that are written from what a model is now, or left out; the others of a source's config.json go on.
+WRITTEN = (KEY, "dtype", "torch_dtype")
 
 
-def find(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a key; raises `ConfigError` without it."""
-    if values.get(name) is None:
-        raise ConfigError(f"config.json lacks {name}")
-    return values[name]
-
-
-def attention_from(values: Mapping[str, Any], official: AttentionConfig | None) -> AttentionConfig:
+def attention_from(fields: Fields, official: AttentionConfig | None) -> AttentionConfig:
     """The attention under our key; else what the names of the tensors tell; else softmax."""
-    if KEY in values:
-        return attention_from_dict(values[KEY]["attention"], f"config.json: {KEY}.attention")
+    if KEY in fields:
+        return attention_from_dict(fields.section(KEY).get("attention", dict), f"{fields.place}: {KEY}.attention")
     return official or SoftmaxConfig()
 
 
@@ -41,9 +36,10 @@ def attention_to(attention: AttentionConfig) -> dict[str, Any]:
     return {KEY: {"attention": {name: value for name, value in values.items() if name != "implementation"}}}
 
 
-def compute_type(values: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
+def compute_type(fields: Fields) -> Literal["float32", "bfloat16"]:
     """The type of activations: the one that the weights have, except that float16 is computed in float32."""
-    return "bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32"
+    older = fields.get("torch_dtype", str, "float32")
+    return "bfloat16" if fields.get("dtype", str, older) == "bfloat16" else "float32"
 
 
 def names_ending(names: Iterable[str], end: str) -> list[str]:

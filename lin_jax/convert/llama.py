@@ -7,11 +7,11 @@ import numpy as np
 
 from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.convert.conversion import Conversion, attention_entries
-from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, find, names_ending
+from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, names_ending
 from lin_jax.convert.names import Entry, transposed
 from lin_jax.layers.rope import RopeConfig
 from lin_jax.models.llama import LlamaConfig
-from lin_jax.settings.base import require
+from lin_jax.settings.foreign import Fields
 
 # The names of what may be tied, whether it is where config.json does not say, and matrices kept as [inputs, outputs].
 EMBEDDING, HEAD, IS_TIED = "model.embed_tokens.weight", "lm_head.weight", False
@@ -54,31 +54,31 @@ def attention_table(config: LlamaConfig, theirs: str, ours: str) -> list[Entry]:
     return table + attention_entries(config, "llama", theirs, ours + "mixing.")
 
 
-def config_from_hugging_face(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
+def config_from_hugging_face(fields: Fields, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
     """Our config of a config.json and the shapes of its tensors.
 
     Raises:
-        ConfigError: something is missing, or is not supported.
+        ConfigError: something is missing, of another type, or is not supported.
     """
-    heads, width = find(values, "num_attention_heads"), find(values, "hidden_size")
-    activation = values.get("hidden_act", "silu")
-    require(activation == "silu", f"config.json: hidden_act={activation} is not supported; LLaMA's is silu")
+    heads, width = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
+    activation = fields.get("hidden_act", str, "silu")
+    fields.require(activation == "silu", f"hidden_act={activation} is not supported; LLaMA's is silu")
     return LlamaConfig(
-        vocabulary_size=find(values, "vocab_size"),
+        vocabulary_size=fields.get("vocab_size", int),
         width=width,
-        depth=find(values, "num_hidden_layers"),
+        depth=fields.get("num_hidden_layers", int),
         heads=heads,
-        key_value_heads=values.get("num_key_value_heads") or heads,
-        head_size=values.get("head_dim") or width // heads,
-        feed_forward_size=find(values, "intermediate_size"),
-        positions=values.get("max_position_embeddings", 2048),
-        norm_epsilon=values.get("rms_norm_eps", 1e-6),
-        rope=_rope(values),
-        attention_bias=values.get("attention_bias", False),
-        feed_forward_bias=values.get("mlp_bias", False),
-        tie_embeddings=values.get("tie_word_embeddings", IS_TIED),
-        attention=attention_from(values, _official_attention(shapes)),
-        dtype=compute_type(values),
+        key_value_heads=fields.get("num_key_value_heads", int, heads),
+        head_size=fields.get("head_dim", int, width // max(heads, 1)),
+        feed_forward_size=fields.get("intermediate_size", int),
+        positions=fields.get("max_position_embeddings", int, 2048),
+        norm_epsilon=fields.get("rms_norm_eps", float, 1e-6),
+        rope=_rope(fields),
+        attention_bias=fields.get("attention_bias", bool, False),
+        feed_forward_bias=fields.get("mlp_bias", bool, False),
+        tie_embeddings=fields.get("tie_word_embeddings", bool, IS_TIED),
+        attention=attention_from(fields, _official_attention(shapes)),
+        dtype=compute_type(fields),
     )
 
 
@@ -87,7 +87,8 @@ def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfi
 
     Without `global_factor` the grouped branch has the weight 1, as in the official benchmark code.
     """
-    kernels = [shape[2] for name, shape in shapes.items() if name.endswith("self_attn.dwconv.weight")]
+    filters = [shape for name, shape in shapes.items() if name.endswith("self_attn.dwconv.weight")]
+    kernels = [shape[2] for shape in filters if len(shape) == 4]
     factors = {kind: names_ending(shapes, f"self_attn.{kind}_factor") for kind in ("global", "local")}
     if not kernels and not any(factors.values()):
         return None
@@ -99,23 +100,23 @@ def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfi
     )
 
 
-def _rope(values: Mapping[str, Any]) -> RopeConfig:
+def _rope(fields: Fields) -> RopeConfig:
     """The rotary positions of a config.json, old or new: rope_theta and rope_scaling, or rope_parameters."""
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = fields.section("rope_parameters" if fields.section("rope_parameters") else "rope_scaling")
+    kind: Any = scaling.get("rope_type", Any, scaling.get("type", Any, "default"))
     known = ("default", "linear", "dynamic", "llama3")
-    require(kind in known, f"config.json: rope scaling {kind!r} is not supported; there are {', '.join(known)}")
-    theta = scaling.get("rope_theta", values.get("rope_theta", 10000.0))
+    fields.require(kind in known, f"rope scaling {kind!r} is not supported; there are {', '.join(known)}")
+    theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     if kind == "default":
-        return RopeConfig(theta=float(theta))
+        return RopeConfig(theta=theta)
     llama3: dict[str, Any] = {}
     if kind == "llama3":
         llama3 = {
-            "low_frequency_factor": float(find(scaling, "low_freq_factor")),
-            "high_frequency_factor": float(find(scaling, "high_freq_factor")),
-            "original_positions": find(scaling, "original_max_position_embeddings"),
+            "low_frequency_factor": scaling.get("low_freq_factor", float),
+            "high_frequency_factor": scaling.get("high_freq_factor", float),
+            "original_positions": scaling.get("original_max_position_embeddings", int),
         }
-    return RopeConfig(theta=float(theta), scaling=kind, factor=float(find(scaling, "factor")), **llama3)
+    return RopeConfig(theta=theta, scaling=kind, factor=scaling.get("factor", float), **llama3)
 
 
 def config_to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
@@ -168,4 +169,5 @@ CONVERSION = Conversion(
     embedding=EMBEDDING,
     head=HEAD,
     is_tied=IS_TIED,
+    replaced=("rope_parameters",),
 )

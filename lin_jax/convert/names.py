@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lin_jax.convert.tensors import Held, Index, Tensor, Tensors, listed
+from lin_jax.convert.tensors import Held, Index, Tensor, Tensors, listed, require_finite
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.settings.base import ConfigError, require
 
@@ -193,11 +193,15 @@ def _one_to_ours(entry: Entry, name: str, theirs: Tensors, like: Any, where: Any
 
     def part(index: Index | None) -> np.ndarray:
         assert index is not None
-        if entry.their_index is None:
-            found = entry.to_ours(theirs[name])[index]
-        else:
-            found = entry.to_ours(theirs.part(name, entry.their_index(index)))
-        return np.asarray(found).astype(like.dtype, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # It is said in another way.
+            if entry.their_index is None:
+                found = entry.to_ours(theirs[name])[index]
+            else:
+                found = entry.to_ours(theirs.part(name, entry.their_index(index)))
+            found = np.asarray(found).astype(like.dtype, copy=False)
+            if not np.isfinite(found).all():
+                require_finite(name, theirs[name].astype(like.dtype))  # All of it, to tell how many there are.
+        return found
 
     if where is None:
         return jax.device_put(part((slice(None),) * len(like.shape)))

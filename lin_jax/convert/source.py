@@ -1,12 +1,18 @@
 """The models that can be read: runs of lin_jax, directories of Hugging Face, files of other code."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from lin_jax.convert import flash, llama
 from lin_jax.convert.checkpoint_files import CheckpointFiles
 from lin_jax.convert.hub import local_path
-from lin_jax.convert.hugging_face import ModelWeights, Placement, read_hugging_face, read_tensors
+from lin_jax.convert.hugging_face import ModelWeights, Placement, read_config, read_hugging_face, read_tensors
 from lin_jax.convert.llama2c import Llama2cFile, is_llama2c
 from lin_jax.convert.medusa import find_heads, read_heads
 from lin_jax.convert.tensors import Tensors
@@ -23,6 +29,8 @@ from lin_jax.settings.data import DataConfig
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.train.saved_model import load_model
 from lin_jax.train.workdir import is_run, tokenizer_files
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Source:
         tokenizer: of the model.
         tokenizer_files: a directory with the tokenizer's files in Hugging Face's form.
         heads: the model's Medusa heads, or None.
+        entries: of the config.json that the model came with: names of labels, ids of tokens, and all else that goes
+            back with it.
     """
 
     weights: ModelWeights
@@ -59,6 +69,7 @@ class Source:
     tokenizer: Tokenizer
     tokenizer_files: Path
     heads: MedusaHeads | None = None
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_source(given: Input, placement: Placement) -> Source:
@@ -76,7 +87,8 @@ def read_source(given: Input, placement: Placement) -> Source:
     if (path / "config.json").is_file():
         weights = read_hugging_face(path, given.adapter, placement)
         source = _source(weights, *_tokenizer_of(path, given.tokenizer or str(path)))
-        return dataclasses.replace(source, heads=_heads_beside(path, weights.config))
+        heads, entries = _heads_beside(path, weights.config), _entries(path, given)
+        return dataclasses.replace(source, heads=heads, entries=entries)
     require(given.adapter is None, f"--adapter is for models in Hugging Face's form, but {path} has no config.json")
     weights = (
         _read_llama2c(path, placement) if path.is_file() and is_llama2c(path) else _read_flash(path, given, placement)
@@ -95,11 +107,33 @@ def _read_run(path: Path, given: Input, placement: Placement) -> Source:
     for name, array in arrays.items():
         arrays[name] = array.astype(placement.type_of(array.dtype.name))
     weights = ModelWeights(config.model, arrays, constants=constants)
+    _require_finite(arrays, path)
     files = Path(tokenizer_files(str(path)))
+    entries = _entries(files, given)
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))
-    return Source(weights, _on_its_own(config, str(files)), tokenizer, files, heads)
+    return Source(weights, _on_its_own(config, str(files)), tokenizer, files, heads, entries)
+
+
+def _entries(directory: Path, given: Input) -> Mapping[str, Any]:
+    """What the config.json of a directory holds, if it has one; without ids of tokens where these are another's."""
+    if not (directory / "config.json").is_file():
+        return {}
+    values = read_config(directory).values
+    return values if given.tokenizer is None else {name: values[name] for name in values if name not in _TOKEN_IDS}
+
+
+def _require_finite(arrays: Mapping[str, Array], path: Path) -> None:
+    """Raise `ConfigError` for parameters of a run that are no numbers; those of others are checked as they are read."""
+    for name, array in arrays.items():
+        wrong = int(_count_of_no_numbers(array))
+        require(wrong == 0, f"{path}: {wrong} of the {array.size} numbers of {name} are NaN or infinite")
+
+
+@jax.jit
+def _count_of_no_numbers(array: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(array))
 
 
 def _heads_beside(directory: Path, config: ModelConfig) -> MedusaHeads | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lin_jax.settings.base import require
+
 # Bytes of a tensor that are in memory at a time while it is written.
 CHUNK_BYTES = 1 << 26
 
@@ -87,6 +89,12 @@ def are_equal(tensors: Tensors, one: str, other: str) -> bool:
     rest = (slice(None),) * (len(shape) - 1)
     parts = ((slice(start, min(start + rows, shape[0])), *rest) for start in range(0, shape[0], rows))
     return all(np.array_equal(tensors.part(one, part), tensors.part(other, part)) for part in parts)
+
+
+def require_finite(name: str, array: np.ndarray) -> None:
+    """Raise `ConfigError` for a tensor that holds what is no number in its type."""
+    wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
+    require(wrong == 0, f"{name}: {wrong} of {array.size} numbers are NaN or infinite in {array.dtype}")
 
 
 @dataclasses.dataclass(frozen=True)

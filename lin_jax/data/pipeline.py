@@ -1,8 +1,9 @@
 """Rows of tokens for training and validation, on Grain.
 
-Every document, or piece of a long one, becomes pairs (token, next token), starting from `tokenizer.start_id`, so each
-token of the corpus, ends of documents included, is predicted exactly once an epoch, whatever the packing. The pairs
-are packed into rows, the rows shuffled within a window, so that a batch isn't a few long documents, and batched.
+Every document becomes pairs (token, next token), starting from `tokenizer.start_id`, so each token of the corpus, ends
+of documents included, is predicted exactly once an epoch, whatever the packing. A long document is read in pieces, each
+with its part of the document's pairs, see `lin_jax.data.pieces`. The pairs are packed into rows, the rows shuffled
+within a window, so that a batch isn't a few long documents, and batched.
 
 All hosts walk through the same global batches and keep the rows that they need. So the order of batches and the state
 of the iterator do not depend on the hosts, and a run resumes exactly on another number of them.
@@ -19,6 +20,7 @@ import grain
 import numpy as np
 from grain import experimental
 
+from lin_jax.data.pieces import tokens_of_piece
 from lin_jax.data.sources import Source, open_source
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.settings.data import DataConfig
@@ -102,7 +104,7 @@ def validation_bytes_per_token(config: DataConfig, tokenizer: Tokenizer) -> floa
     for index in grain.MapDataset.range(len(source)).shuffle(seed=_VALIDATION_SEED):
         text = source[index]
         size += len(text.encode())
-        tokens += len(tokenizer.encode(text)) + source.ends(index)
+        tokens += len(tokens_of_piece(source, tokenizer, index)[0]) + source.ends(index)
         if size >= BYTES_MEASURED:
             break
     return size / tokens
@@ -115,11 +117,11 @@ def read_options() -> grain.ReadOptions:
 
 
 def token_pairs(source: Source, tokenizer: Tokenizer, index: int) -> np.ndarray:
-    """The pairs (token, next token) of a piece, int32 [n, 2]."""
-    targets = tokenizer.encode(source[index])
+    """The pairs (token, next token) of a piece, int32 [n, 2]; all pieces of a document together have all of its."""
+    targets, before = tokens_of_piece(source, tokenizer, index)
     if source.ends(index):
         targets = np.append(targets, np.int32(tokenizer.end_id))
-    tokens = np.concatenate(([np.int32(tokenizer.start_id)], targets))[:-1]
+    tokens = np.concatenate(([np.int32(tokenizer.start_id if before is None else before)], targets))[:-1]
     return np.stack([tokens, targets], axis=1).astype(np.int32)
 
 

@@ -6,6 +6,8 @@ the format of the `tokenizers` library (not for bytes), and `tokenizer_info.json
 
 import abc
 import dataclasses
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from lin_jax.data.sources import open_source
 from lin_jax.paths import check_remote, copy_directory, is_remote, write_whole
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.data import DataConfig
+from lin_jax.settings.foreign import read_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # More text changes the merges of a learned vocabulary little.
@@ -31,6 +34,18 @@ _INFO = "tokenizer_info.json"
 _LIBRARY_FILE = "tokenizer.json"
 _FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+# Each is a whole tokenizer. Without one, transformers would make an empty one instead of an error.
+_WHOLE_SETS = ((_LIBRARY_FILE,), *_GPT2_FILES, *((name,) for name in ("tokenizer.model", "spiece.model", "vocab.txt")))
+# Sentencepiece's own files, which only its library reads.
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+# How byte fallback spells bytes, which no merge takes up.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+# Most characters that are cut off to see whether a border is still one.
+_LARGEST_MARGIN = 256
+# Texts that are tried to see what a tokenizer puts before one.
+_PROBES = 16
+# What says which tokens end a text; the first file that does decides, as in transformers.
+_END_FILES = ("generation_config.json", "config.json")
 
 
 class Tokenizer(abc.ABC):
@@ -39,12 +54,16 @@ class Tokenizer(abc.ABC):
     Attributes:
         vocabulary_size: all ids are below it.
         end_id: the token that ends a document.
-        begin_id: the token that a document begins with, where the tokenizer has one.
+        begin_id: the token that the tokenizer itself puts before a text; None where it puts none, even if there is a
+            token of that name. What it may put after a text is not asked for: documents end with `end_id`, and a text
+            to be continued has no end yet.
+        end_ids: the tokens that end a text which is generated: `end_id`, and those that the model's files list.
     """
 
     vocabulary_size: int
     end_id: int
     begin_id: int | None
+    end_ids: tuple[int, ...]
 
     @property
     def start_id(self) -> int:
@@ -54,6 +73,29 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without tokens for its beginning and end."""
+
+    @abc.abstractmethod
+    def border(self, text: str, position: int, reach: int) -> int | None:
+        """Return the place nearest to a position where a text's tokens on both sides do not depend on each other.
+
+        Args:
+            text: a part of a longer one, of which what lies far from the position may be cut off anywhere.
+            position: in characters.
+            reach: how far from it the place may be.
+
+        Returns:
+            The character that the token after the border begins with; None where there is no border.
+        """
+
+    @abc.abstractmethod
+    def encode_between(self, text: str, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """Return the tokens of a text, and which of them lie between two borders: the first, and that after the last.
+
+        Args:
+            text: a part of a longer one.
+            start: a border of it, or 0 for all from the beginning.
+            stop: another, or the length of the text for all to its end.
+        """
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
@@ -82,10 +124,20 @@ class BytesTokenizer(Tokenizer):
     vocabulary_size = 257
     end_id = 256
     begin_id = None
+    end_ids = (256,)
 
     def encode(self, text: str) -> np.ndarray:
         """The bytes of a text, int32."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def border(self, text: str, position: int, reach: int) -> int:
+        """Return the position: no byte depends on another."""
+        return position
+
+    def encode_between(self, text: str, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """Return the bytes of a text, and where a part of it begins and ends among them."""
+        first = len(text[:start].encode())
+        return self.encode(text), first, first + len(text[start:stop].encode())
 
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of bytes; ends of documents are left out."""
@@ -103,7 +155,9 @@ class BytesTokenizer(Tokenizer):
 class LibraryTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, end_id: int, begin_id: int | None):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, end_id: int, begin_id: int | None, end_ids: Sequence[int] = ()
+    ):
         """Take over `backend`, turning off what would change a text: truncation, padding, special tokens."""
         backend.no_truncation()
         backend.no_padding()
@@ -112,6 +166,13 @@ class LibraryTokenizer(Tokenizer):
         self._has_fallback_bytes = '"ByteFallback"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
         self.end_id = end_id
         self.begin_id = begin_id
+        model = backend.model
+        marks = [getattr(model, name, None) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+        # Whether tokens are made by merging and spelled without marks of their place in a word. A unigram model chooses
+        # between equally likely ones by the rounding of a sum over all of a word.
+        self._merges = isinstance(model, models.BPE) and not any(marks)
+        self._neighbours: set[tuple[str, str]] | None = None
+        self.end_ids = tuple(dict.fromkeys((end_id, *end_ids)))
         self.vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> np.ndarray:
@@ -119,6 +180,46 @@ class LibraryTokenizer(Tokenizer):
         # Unlike encode, the batch form lets other threads run meanwhile, and computes no offsets.
         encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array(encoding.ids, np.int32)
+
+    def border(self, text: str, position: int, reach: int) -> int | None:
+        """Return the nearest border that is one whether or not the ends of the text are cut off."""
+        before, after = (_margin(size) for size in (position, len(text) - position))
+        whole, inner = self._borders(text), self._borders(text[before : len(text) - after])
+        found = whole & {(at + before, *tokens) for at, *tokens in inner}
+        near = (at for at, *_ in found if abs(at - position) <= reach)
+        return min(near, key=lambda at: (abs(at - position), at), default=None)
+
+    def _borders(self, text: str) -> set[tuple[int, int, int]]:
+        """Where tokens on both sides do not depend on each other, with the tokens on both sides.
+
+        Two words, as the tokenizer splits a text, never do. Where the tokens of a word are made by merging, none
+        reaches across two characters that stand beside each other in no token.
+        """
+        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        pairs = itertools.pairwise(zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.word_ids, strict=True))
+        return {
+            (begin, id_before, id_after)
+            for (id_before, before, (start, end), word), (id_after, after, (begin, _), other) in pairs
+            if start < begin and end <= begin and (word != other or self._never_meet(before, after))
+        }
+
+    def _never_meet(self, before: str, after: str) -> bool:
+        """Whether no token holds the last character of one beside the first of another."""
+        if not self._merges:
+            return False
+        if self._neighbours is None:
+            vocabulary = self._backend.get_vocab(with_added_tokens=False)
+            self._neighbours = {pair for token in vocabulary for pair in itertools.pairwise(token)}
+        last, first = (before, after) if _BYTE.fullmatch(before) or _BYTE.fullmatch(after) else (before[-1:], after[:1])
+        return (last, first) not in self._neighbours
+
+    def encode_between(self, text: str, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """Return the tokens of a text, and which of them lie between two borders."""
+        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
+        first = 0 if start == 0 else int(np.searchsorted(begins, start))
+        beyond = len(begins) if stop == len(text) else int(np.searchsorted(begins, stop))
+        return np.array(encoding.ids, np.int32), first, beyond
 
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
@@ -137,7 +238,7 @@ class LibraryTokenizer(Tokenizer):
 
     def save(self, directory: epath.PathLike) -> None:
         """Write the tokenizer in the library's own format."""
-        info = {"kind": "tokenizers", "end_id": self.end_id, "begin_id": self.begin_id}
+        info = {"kind": "tokenizers", "end_id": self.end_id, "begin_id": self.begin_id, "end_ids": self.end_ids}
         _write_files(directory, {_LIBRARY_FILE: self._backend.to_str(), _INFO: json.dumps(info)})
 
 
@@ -155,10 +256,11 @@ def load_tokenizer(config: DataConfig, cache_directory: epath.PathLike) -> Token
         return _remote(config)
     directory = os.path.expanduser(config.tokenizer)
     if os.path.isdir(directory):
+        _require_whole_set(directory)
         for vocabulary, merges in _GPT2_FILES:
             paths = os.path.join(directory, vocabulary), os.path.join(directory, merges)
             if all(map(os.path.isfile, paths)) and not os.path.isfile(os.path.join(directory, _LIBRARY_FILE)):
-                return _gpt2(*paths)
+                return _gpt2(*paths, _listed_ends(directory))
         return _hugging_face(directory, f"data.tokenizer: no tokenizer can be read from {config.tokenizer}")
     return _hugging_face(
         config.tokenizer,
@@ -179,7 +281,8 @@ def restore_tokenizer(directory: epath.PathLike) -> Tokenizer:
         if info["kind"] == "bytes":
             return BytesTokenizer()
         backend = tokenizers.Tokenizer.from_str((directory / _LIBRARY_FILE).read_text(encoding="utf-8"))
-        return LibraryTokenizer(backend, end_id=info["end_id"], begin_id=info["begin_id"])
+        known = {name: info[name] for name in ("end_id", "begin_id")}
+        return LibraryTokenizer(backend, **known, end_ids=info.get("end_ids", ()))
     except Exception as error:  # the library raises Exception itself
         raise ConfigError(f"no tokenizer can be read from {directory}: {first_line(error)}") from error
 
@@ -247,7 +350,7 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     return backend
 
 
-def _gpt2(vocabulary: str, merges: str) -> LibraryTokenizer:
+def _gpt2(vocabulary: str, merges: str, listed_ends: Sequence[int]) -> LibraryTokenizer:
     try:
         backend = _byte_level(models.BPE.from_file(vocabulary, merges))
     except Exception as error:  # the library raises Exception itself
@@ -256,7 +359,26 @@ def _gpt2(vocabulary: str, merges: str) -> LibraryTokenizer:
     if end_id is None:
         raise ConfigError(f"data.tokenizer: {vocabulary} has no token {END_OF_DOCUMENT} to end documents with")
     backend.add_special_tokens([END_OF_DOCUMENT])
-    return LibraryTokenizer(backend, end_id=end_id, begin_id=end_id)
+    return LibraryTokenizer(backend, end_id=end_id, begin_id=None, end_ids=listed_ends)
+
+
+def _margin(size: int) -> int:
+    """Characters to cut off from so many; no multiple of 2 or 3, so that groups of digits begin elsewhere after it."""
+    most = min(size // 4, _LARGEST_MARGIN)
+    return most - most % 6 + 1 if most >= 6 else most
+
+
+def _require_whole_set(directory: str) -> None:
+    """Raise `ConfigError` for a directory without all files of a tokenizer, or what is needed to read them."""
+    held = set(os.listdir(directory))
+    found = next((files for files in _WHOLE_SETS if held.issuperset(files)), None)
+    if found is not None:
+        readable = found[0] not in _SENTENCEPIECE_FILES or importlib.util.find_spec("sentencepiece") is not None
+        require(readable, f"data.tokenizer: {directory}/{found[0]} needs sentencepiece: pip install sentencepiece")
+        return
+    lacking = [name for files in _WHOLE_SETS if held.intersection(files) for name in files if name not in held]
+    told = f"lacks {', '.join(lacking)}" if lacking else f"has no {', no '.join(map(' with '.join, _WHOLE_SETS))}"
+    raise ConfigError(f"data.tokenizer: no tokenizer can be read from {directory}, which {told}; give one that does")
 
 
 def _hugging_face(name: str, problem: str) -> LibraryTokenizer:
@@ -267,7 +389,38 @@ def _hugging_face(name: str, problem: str) -> LibraryTokenizer:
         backend = tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # whatever the files of others hold
         raise ConfigError(f"{problem} ({first_line(error)})") from error
+    ordinary = backend.get_vocab(with_added_tokens=True).keys() - set(found.all_special_tokens)
+    require(bool(ordinary), f"{problem} (it knows no tokens but special ones)")
     end_id = found.eos_token_id if found.eos_token_id is not None else found.sep_token_id
     require(end_id is not None, f"data.tokenizer: {name} has neither eos_token nor sep_token to end documents with")
-    begin_id = found.bos_token_id if found.bos_token_id is not None else found.cls_token_id
-    return LibraryTokenizer(backend, end_id=end_id, begin_id=begin_id)
+    before = _put_before(backend, ["a", *sorted(ordinary)[:_PROBES]])
+    require(
+        len(before) < 2, f"data.tokenizer: {name} puts {len(before)} tokens before a text; at most one is supported"
+    )
+    ends = _listed_ends(name) if os.path.isdir(name) else []
+    return LibraryTokenizer(backend, end_id=end_id, begin_id=next(iter(before), None), end_ids=ends)
+
+
+def _put_before(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[int]:
+    """The tokens that a tokenizer itself puts before a text, the first of `texts` that has tokens of its own."""
+    for text in texts:
+        encoding = backend.encode(text, add_special_tokens=True)
+        own = [at for at, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+        if own:
+            return encoding.ids[: own[0]]
+    return []
+
+
+def _listed_ends(directory: str) -> list[int]:
+    """The tokens that end a text by the files of a model, which may list more than its tokenizer's end."""
+    for name in _END_FILES:
+        file = os.path.join(directory, name)
+        if not os.path.exists(file):
+            continue
+        fields = read_object(file)
+        found: int | list[int] = fields.get("eos_token_id", int | list[int], [])
+        ends = [found] if isinstance(found, int) else found
+        fields.require(all(end >= 0 for end in ends), f"eos_token_id must be 0 or more, but is {found}")
+        if ends:
+            return ends
+    return []

@@ -164,8 +164,8 @@ def make_config(settings: dict[str, Any]) -> GenerateConfig:
 
 
 def stop_ids(tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[int]:
-    """The tokens that end a text: a document's end, the beginning of another, and those of the settings."""
-    yield tokenizer.end_id
+    """The tokens that end a text: the tokenizer's ends, the beginning of another, and those of the settings."""
+    yield from tokenizer.end_ids
     if tokenizer.begin_id is not None:
         yield tokenizer.begin_id
     for token in config.stop_tokens:

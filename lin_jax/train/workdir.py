@@ -17,7 +17,8 @@ from lin_jax.settings.command_line import config_from_dict
 from lin_jax.settings.foreign import read_json
 from lin_jax.train.manifest import DamagedError, require_undamaged
 
-# Where a run keeps the tokenizer's files as they came from Hugging Face, inside of its own tokenizer's directory.
+# Where a run keeps the tokenizer's files and the config.json as they came from Hugging Face, inside of its own
+# tokenizer's directory.
 KEPT_TOKENIZER = "hugging_face"
 
 

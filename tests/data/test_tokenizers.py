@@ -1,5 +1,7 @@
 """Tokenizers: round trips, known ids, and what checkpoints carry."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,7 +73,7 @@ def test_gpt2_files(shared_data):
     tokenizer = load_tokenizer(DataConfig(tokenizer=str(shared_data / "tokenizers" / "gpt2")), "unused")
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.encode("Hello<|endoftext|>").tolist()[-1] != 50256
-    assert (tokenizer.vocabulary_size, tokenizer.end_id, tokenizer.begin_id) == (50257, 50256, 50256)
+    assert (tokenizer.vocabulary_size, tokenizer.end_id, tokenizer.begin_id) == (50257, 50256, None)
     text = "  Naïve 漢字 🙂\n\n\tend "
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -143,3 +145,119 @@ def test_a_name_that_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"data\.tokenizer: some/name is no directory and cannot be had") as caught:
         load_tokenizer(DataConfig(tokenizer="some/name"), "unused")
     assert "\n" not in str(caught.value)
+
+
+def write_library_tokenizer(directory, *, before=(), after=(), **settings):
+    """A tokenizer of single letters in Hugging Face's form, which puts some tokens before and after a text."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    special = ["<s>", "</s>", "<cls>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *"abcdefgh"])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if before or after:
+        template = " ".join([*before, "$A", *after])
+        used = [(token, vocabulary[token]) for token in {*before, *after}]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+def load(directory):
+    return load_tokenizer(DataConfig(tokenizer=str(directory)), "unused")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "settings", "begin_id"),
+    [
+        ((), (), {"bos_token": "<s>"}, None),  # there is one, and it is not used
+        ((), (), {"bos_token": "<s>", "add_bos_token": False}, None),
+        (("<s>",), (), {"bos_token": "<s>"}, 0),
+        (("<s>",), ("</s>",), {"bos_token": "<s>"}, 0),
+        (("<s>",), (), {}, 0),  # it has no name, and is used
+        ((), ("</s>",), {"bos_token": "<s>"}, None),
+        (("<cls>",), ("</s>",), {"bos_token": "<s>", "cls_token": "<cls>"}, 2),
+        ((), (), {"cls_token": "<cls>"}, None),
+    ],
+)
+def test_a_text_begins_with_what_the_tokenizer_itself_puts_before_it(before, after, settings, begin_id, tmp_path):
+    import transformers
+
+    tokenizer = load(write_library_tokenizer(tmp_path / "t", before=before, after=after, **settings))
+    assert tokenizer.begin_id == begin_id and tokenizer.end_id == 1
+    assert tokenizer.start_id == (1 if begin_id is None else begin_id)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")("abc").input_ids
+    ours = [*([] if tokenizer.begin_id is None else [tokenizer.begin_id]), *tokenizer.encode("abc").tolist()]
+    assert theirs[: len(theirs) - len(after)] == ours
+
+
+def test_two_tokens_before_a_text_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="puts 2 tokens before a text"):
+        load(write_library_tokenizer(tmp_path / "t", before=("<cls>", "<s>")))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        (None, None, (1,)),
+        ({"eos_token_id": [1, 7]}, None, (1, 7)),
+        ({"eos_token_id": 9}, {"eos_token_id": [1, 5]}, (1, 9)),  # the first file that says something
+        ({"temperature": 0.5}, {"eos_token_id": [5, 6]}, (1, 5, 6)),
+        ({"eos_token_id": None}, {"eos_token_id": 6}, (1, 6)),
+        (None, {"eos_token_id": []}, (1,)),
+    ],
+)
+def test_all_tokens_that_end_a_text_are_known_and_kept(generation, config, ends, tmp_path):
+    directory = write_library_tokenizer(tmp_path / "t")
+    for name, values in (("generation_config.json", generation), ("config.json", config)):
+        if values is not None:
+            (directory / name).write_text(json.dumps(values), encoding="utf-8")
+    tokenizer = load(directory)
+    assert tokenizer.end_ids == ends and tokenizer.end_id == 1
+    tokenizer.save(tmp_path / "saved")
+    assert restore_tokenizer(tmp_path / "saved").end_ids == ends
+    (tmp_path / "saved" / "tokenizer_info.json").write_text('{"kind": "tokenizers", "end_id": 1, "begin_id": null}')
+    assert restore_tokenizer(tmp_path / "saved").end_ids == (1,), "saved before there was a list"
+
+
+@pytest.mark.parametrize("wrong", ["</s>", 1.5, True, [1, "2"], {"a": 1}, [[1]], -1, [1, -5]])
+def test_ends_of_a_wrong_type_are_refused(wrong, tmp_path):
+    directory = write_library_tokenizer(tmp_path / "t")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ([], "which has no tokenizer.json, no encoder.json with vocab.bpe"),
+        (["config.json", "tokenizer_config.json", "special_tokens_map.json"], "which has no tokenizer.json"),
+        (["vocab.json"], "which lacks merges.txt"),
+        (["merges.txt"], "which lacks vocab.json"),
+        (["encoder.json"], "which lacks vocab.bpe"),
+        (["vocab.bpe", "tokenizer_config.json"], "which lacks encoder.json"),
+    ],
+)
+def test_half_a_tokenizer_is_none(files, lacking, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match=lacking) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_nothing_but_special_tokens_is_none(tmp_path):
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="it knows no tokens but special ones"):
+        load(tmp_path)
