@@ -116,7 +116,7 @@ def test_numbers_that_are_none_are_named(kind, number, source, tmp_path, capsys)
         assert convert(source, tmp_path / "out", "--adapter", str(bad)) == 2
         assert_refused(capsys, "model.layers.1.self_attn.q_proj.weight: ")
         return
-    from lin_jax.convert.hugging_face import ModelWeights
+    from lin_jax.convert.hugging_face import nested
     from lin_jax.convert.hugging_face import read_hugging_face as read
     from lin_jax.experiment import Config
     from lin_jax.train.saved_model import save_model
@@ -130,7 +130,7 @@ def test_numbers_that_are_none_are_named(kind, number, source, tmp_path, capsys)
     else:
         weights = read(source)
         arrays = {**weights.arrays, "norm.weight": weights.arrays["norm.weight"].at[5].set(number)}
-        save_model(str(bad), ModelWeights(LLAMA, arrays).nested(), Config(model=LLAMA), BytesTokenizer())
+        save_model(str(bad), nested(arrays), Config(model=LLAMA), BytesTokenizer())
         message = f"{bad}: 1 of the 16 numbers of norm.weight are NaN or infinite"
     assert convert(bad, tmp_path / "out") == 2
     assert_refused(capsys, message)
