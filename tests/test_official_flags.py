@@ -14,6 +14,7 @@ from lin_jax.attentions.softmax import SoftmaxConfig
 from lin_jax.convert import llama
 from lin_jax.convert.flash import config_from_official
 from lin_jax.settings.base import ConfigError
+from lin_jax.settings.foreign import Fields
 from tests.official_flags import (
     UnsupportedFlag,
     added_filters,
@@ -74,7 +75,7 @@ def test_flags_of_llama(on, tokens, key_value_heads):
     theirs, ids = parameters(values, flags, random), random.integers(11, size=(1, tokens))
     exact = OfficialLlama(ids, values)(theirs, "float64")
     attention = llama_attention(flags, shapes_of(theirs), tokens)
-    config = dataclasses.replace(llama.config_from_hugging_face(values, shapes_of(theirs)), attention=attention)
+    config = dataclasses.replace(llama.config_from_hugging_face(Fields(values, "config.json"), shapes_of(theirs)), attention=attention)
     found = load_transformer(config, llama, theirs, max(1, added_filters(flags)))
 
     def run(model):
