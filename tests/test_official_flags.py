@@ -75,7 +75,8 @@ def test_flags_of_llama(on, tokens, key_value_heads):
     theirs, ids = parameters(values, flags, random), random.integers(11, size=(1, tokens))
     exact = OfficialLlama(ids, values)(theirs, "float64")
     attention = llama_attention(flags, shapes_of(theirs), tokens)
-    config = dataclasses.replace(llama.config_from_hugging_face(Fields(values, "config.json"), shapes_of(theirs)), attention=attention)
+    config = llama.config_from_hugging_face(Fields(values, "config.json"), shapes_of(theirs))
+    config = dataclasses.replace(config, attention=attention)
     found = load_transformer(config, llama, theirs, max(1, added_filters(flags)))
 
     def run(model):
