@@ -348,7 +348,7 @@ def test_directories_that_are_no_adapters(base, tmp_path, capsys):
     write_adapter(adapter, {"use_dora": True})
     arguments = (base, tmp_path / "out", "--adapter", str(adapter))
     assert convert(*arguments) == 2
-    assert_refused(capsys, "use_dora=True is not supported")
+    assert_refused(capsys, "use_dora=true is not supported")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     assert convert(*arguments) == 2
     assert_refused(capsys, "peft_type=LOHA is not supported, only LORA")
