@@ -29,7 +29,7 @@ from lin_jax.chips import Chip, chip_named
 from lin_jax.ops.linear_attention import xla
 from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
-from lin_jax.ops.linear_attention.gpu.blocks import Plan, padded
+from lin_jax.ops.linear_attention.gpu.blocks import GpuPlan, padded
 from lin_jax.ops.linear_attention.inputs import Inputs, make_inputs
 from lin_jax.ops.linear_attention.tpu import blocks, cost
 from lin_jax.ops.linear_attention.tpu.cost import Cost
@@ -176,7 +176,7 @@ class Pairs(NamedTuple):
     all: int
 
 
-def pairs_of(plan: Plan) -> Pairs:
+def pairs_of(plan: GpuPlan) -> Pairs:
     """Pairs of a block of queries and one of keys, as the loops of the kernels make them."""
     scored = total = 0
     for i in range(plan.blocks):
@@ -193,18 +193,18 @@ def pairs_of(plan: Plan) -> Pairs:
     return Pairs(scored, total)
 
 
-def _scores(plan: Plan) -> int:
+def _scores(plan: GpuPlan) -> int:
     """Columns of the products that make a pair's weights."""
     form, D, P = plan.form, padded(plan.size), padded(plan.grouped_size)
     return D * form.scored + P * (form.grouped and not form.shared) * _far(plan)
 
 
-def _far(plan: Plan) -> bool:
+def _far(plan: GpuPlan) -> bool:
     """Whether the grouped branch has products of pairs at all."""
     return plan.form.grouped and (plan.lag is None or any(plan.kinds(n).far != "none" for n in range(plan.reach + 1)))
 
 
-def _token_bytes(plan: Plan) -> tuple[int, int, int, int]:
+def _token_bytes(plan: GpuPlan) -> tuple[int, int, int, int]:
     """Bytes of queries, keys, values and outputs."""
     tokens = plan.batch * plan.tokens * plan.itemsize
     width = plan.size + plan.form.own_grouped * plan.grouped_size
@@ -212,7 +212,7 @@ def _token_bytes(plan: Plan) -> tuple[int, int, int, int]:
     return tokens * heads * width, tokens * key_heads * width, tokens * key_heads * E, tokens * heads * E
 
 
-def forward_kernel(plan: Plan) -> Cost:
+def forward_kernel(plan: GpuPlan) -> Cost:
     """The kernel of the forward pass; scores are computed for every value tile."""
     pairs, M, tile = pairs_of(plan), plan.rows, plan.tile
     a_pair = 2 * M * M
@@ -221,7 +221,7 @@ def forward_kernel(plan: Plan) -> Cost:
     return Cost(plan.batch * plan.heads * plan.tiles * flops, 0, sum(_token_bytes(plan)))
 
 
-def sums_kernel(plan: Plan, heads: int) -> Cost:
+def sums_kernel(plan: GpuPlan, heads: int) -> Cost:
     """The states where parts start: keys and values of all parts but one are read once more."""
     parts = plan.parts(heads) if plan.form.grouped else 1
     if parts == 1:
@@ -233,7 +233,7 @@ def sums_kernel(plan: Plan, heads: int) -> Cost:
     return Cost(int(share * flops), 0, int(share * (k + v)) + 5 * (parts - 1) * state)
 
 
-def query_kernels(plan: Plan) -> Cost:
+def query_kernels(plan: GpuPlan) -> Cost:
     """Gradients of queries, and of what all blocks share."""
     pairs, M, E = pairs_of(plan), plan.rows, plan.tiles * plan.tile
     D, P = padded(plan.size), padded(plan.grouped_size)
@@ -245,7 +245,7 @@ def query_kernels(plan: Plan) -> Cost:
     return Cost(plan.batch * plan.heads * flops, 0, 2 * q + k + v + y + _partial_bytes(plan, plan.heads))
 
 
-def key_kernels(plan: Plan) -> Cost:
+def key_kernels(plan: GpuPlan) -> Cost:
     """Gradients of keys and values."""
     pairs, M, E = pairs_of(plan), plan.rows, plan.tiles * plan.tile
     D, P = padded(plan.size), padded(plan.grouped_size)
@@ -258,7 +258,7 @@ def key_kernels(plan: Plan) -> Cost:
     return Cost(plan.batch * (plan.heads * (flops + folds) + 2 * plan.key_heads * folds), 0, moved)
 
 
-def _partial_bytes(plan: Plan, heads: int) -> int:
+def _partial_bytes(plan: GpuPlan, heads: int) -> int:
     """Float32 terms of the grouped branch's gradients, one a value tile, written and read; and a second pass."""
     if plan.tiles == 1:
         return 0

@@ -20,6 +20,7 @@ AXES = {
     "W": "taps of the causal convolution",
     "X": "distances of the relative bias: S when causal, 2 * S - 1 when bidirectional",
     "M": "tree nodes",
+    "Q": "nodes on a path of a tree, the root first",
     "L": "layers",
     "V": "vocabulary",
     "C": "model width",

@@ -16,8 +16,15 @@ hypothesis.settings.load_profile("lin_jax")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs in pytest's cache, for other workers, the programs that tests start, and the next run."""
-    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    """Keep compiled programs in pytest's cache, for other workers, the programs that tests start, and the next run.
+
+    Without that cache (`-p no:cacheprovider`) nothing is kept, but where the environment names a directory.
+    """
+    if hasattr(config, "cache"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache is None:
+        return
     seconds = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))

@@ -475,7 +475,7 @@ def check_tree_buffers(tree: Tree, top: int, expected: dict[str, np.ndarray]) ->
     np.testing.assert_array_equal(expected["buf_tree_indices"], np.where(tree.depth_M == 0, 0, guess_M))
     leaves = tree.leaves[::-1]
     past = np.arange(tree.height)[None] > tree.depth_M[leaves][:, None]
-    np.testing.assert_array_equal(expected["buf_retrieve_indices"], np.where(past, -1, tree.path_MP[leaves]))
+    np.testing.assert_array_equal(expected["buf_retrieve_indices"], np.where(past, -1, tree.path_MQ[leaves]))
 
 
 def check_acceptance(tree: Tree, expected: dict[str, np.ndarray]) -> None:
@@ -491,7 +491,7 @@ def check_acceptance(tree: Tree, expected: dict[str, np.ndarray]) -> None:
         else:
             threshold, alpha = float(ways[3] or 0.09), float(ways[4] or 0.3)
             node_B = accept_typical(tree, tokens_BM, logits_BMV / float(ways[2]), threshold=threshold, alpha=alpha)
-        path = tree.path_MP[node_B[0]][: tree.depth_M[node_B[0]] + 1]
+        path = tree.path_MQ[node_B[0]][: tree.depth_M[node_B[0]] + 1]
         np.testing.assert_array_equal(tokens_BM[0, path], expected[name], err_msg=name)
 
 
@@ -514,7 +514,7 @@ def check_medusa(case: Golden) -> None:
 
     verified = jax.jit(lambda tokens, state: model.head(model.verify(tokens, tree, state)[0]))
     ours, theirs = verified(tokens_BM, state)[0], expected["tree_logits"][0]
-    rows = np.concatenate([np.repeat(ids, tree.nodes, axis=0), np.asarray(tokens_BM)[0][tree.path_MP]], axis=1)
+    rows = np.concatenate([np.repeat(ids, tree.nodes, axis=0), np.asarray(tokens_BM)[0][tree.path_MQ]], axis=1)
     recomputed = jax.jit(model)(jnp.asarray(rows))[np.arange(tree.nodes), length + tree.depth_M]
     check_close(ours, np.asarray(recomputed))
     attention = model.config.attention

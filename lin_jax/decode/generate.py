@@ -357,7 +357,7 @@ def _keep(
         node_B = accept_typical(tree, tokens_BM, logits_BMV, **limits)
     else:
         node_B = accept_exact(tree, tokens_BM, choice_BM)
-    path_BP = jnp.asarray(tree.path_MP)[node_B]
+    path_BP = jnp.asarray(tree.path_MQ)[node_B]
     count_B = jnp.minimum(jnp.asarray(tree.depth_M)[node_B] + 1, progress.left_B)
     stops_BP = jnp.isin(jnp.take_along_axis(tokens_BM, path_BP, axis=1), jnp.asarray(plan.stop_ids, jnp.int32))
     stops_BP &= jnp.arange(tree.height)[None] < count_B[:, None]

@@ -62,7 +62,7 @@ class DirectIntegration(Decoder):
 
     def verify(self, tokens_BM: Array, tree: Tree, state: DecoderState) -> tuple[Array, tuple[Any, ...]]:
         """Every candidate reads its path; features and what `commit` needs are then gathered by node."""
-        paths_LP = self.tree.path_MP[self.tree.leaves]
+        paths_LP = self.tree.path_MQ[self.tree.leaves]
         tokens = tokens_BM[:, paths_LP].reshape(-1, self.tree.height)
         x, pending = self.model.verify(tokens, chain(self.tree.height), self._inner(state))
         leaf_M = np.argmax(self.tree.ancestor_MM[self.tree.leaves], axis=0)

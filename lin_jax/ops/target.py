@@ -5,14 +5,14 @@ from typing import NamedTuple
 import jax
 
 
-class Target(NamedTuple):
+class TargetDevice(NamedTuple):
     """A device: its `platform` as JAX names it (cpu, gpu, tpu) and its kind."""
 
     platform: str
     device_kind: str
 
 
-def target() -> Target:
+def target() -> TargetDevice:
     """A device of the mesh that the caller set (`jax.set_mesh`), or else JAX's default one.
 
     A program that is compiled for other devices than those of this machine has to be traced under their mesh.
@@ -20,4 +20,4 @@ def target() -> Target:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.devices()[0]
-    return Target(device.platform, device.device_kind)
+    return TargetDevice(device.platform, device.device_kind)

@@ -67,7 +67,7 @@ class Tree:
         return ancestor
 
     @cached_property
-    def path_MP(self) -> np.ndarray:
+    def path_MQ(self) -> np.ndarray:
         """Row m: the nodes from the root to m, one a depth; deeper entries repeat m."""
         path = np.repeat(np.arange(self.nodes, dtype=np.int32)[:, None], self.height, axis=1)
         for node in range(self.nodes):

@@ -75,7 +75,7 @@ def test_exact_acceptance_walks_down_the_tree(shape, seed):
         return 1 + max((deepest(n) for n in right), default=0)
 
     node = int(accept_exact(tree, jnp.asarray(token_M)[None], jnp.asarray(choice_M)[None])[0])
-    path = tree.path_MP[node][: tree.depth_M[node] + 1]
+    path = tree.path_MQ[node][: tree.depth_M[node] + 1]
     assert len(path) == deepest(0)
     assert all(token_M[child] == choice_M[parent] for parent, child in zip(path, path[1:], strict=False))
 

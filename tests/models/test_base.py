@@ -71,7 +71,7 @@ def make_model(config):
 
 def rows_to_nodes(prompts, tree, tokens_BM):
     """[prompt, path to the node] for all nodes of all rows."""
-    paths = [tree.path_MP[node][: tree.depth_M[node] + 1] for node in range(tree.nodes)]
+    paths = [tree.path_MQ[node][: tree.depth_M[node] + 1] for node in range(tree.nodes)]
     return [[*prompt, *np.asarray(tokens_BM)[b, path]] for b, prompt in enumerate(prompts) for path in paths]
 
 
@@ -99,7 +99,7 @@ def test_chunks_trees_and_commits_are_the_whole_row(family, name):
     row_BT, real_BT = np.zeros((3, 12), np.int32), np.zeros((3, 12), bool)
     row_BT[0, :9], real_BT[0, :9] = prompts[0], True
     row_BT[1, [5, 9, 11]], real_BT[1, [5, 9, 11]] = prompts[1], True
-    path_BP = jnp.asarray(TREE.path_MP[[8, 5, 2]])
+    path_BP = jnp.asarray(TREE.path_MQ[[8, 5, 2]])
     count_B = jnp.array([6, 2, 0])
 
     @jax.jit

@@ -16,6 +16,12 @@ from lin_jax.ops.linear_attention.select import Choice
 TOKEN_INPUTS = ("q_BTHD", "k_BTKD", "v_BTKE", "grouped_q_BTHP", "grouped_k_BTKP", "segment_ids_BT")
 
 
+def relative_error(actual, expected) -> float:
+    """Largest difference over the largest entry."""
+    scale = max(1e-6, float(np.abs(expected).max(initial=0)))
+    return float(np.abs(np.asarray(actual, np.float32) - np.asarray(expected, np.float32)).max(initial=0)) / scale
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call: `arrays` may be traced, `options` are static."""

@@ -47,7 +47,7 @@ class Draft:
         for b, length in enumerate(length_B):
             index[b, :, :length] = np.arange(length)
             for i, leaf in enumerate(leaves):
-                path = self.tree.path_MP[leaf][: self.tree.depth_M[leaf] + 1]
+                path = self.tree.path_MQ[leaf][: self.tree.depth_M[leaf] + 1]
                 index[b, i, length : length + len(path)] = T + path
                 ids[b, i, : length + len(path)] = 1
         index = index.reshape(-1, total)

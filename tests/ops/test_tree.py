@@ -25,7 +25,7 @@ def test_every_node_knows_its_path(shape):
         path = walk(tree, node)
         assert tree.depth_M[node] == len(path) - 1
         assert np.flatnonzero(tree.ancestor_MM[node]).tolist() == sorted(path)
-        assert tree.path_MP[node].tolist() == path + [node] * (tree.height - len(path))
+        assert tree.path_MQ[node].tolist() == path + [node] * (tree.height - len(path))
     assert tree.leaves.tolist() == [node for node in range(tree.nodes) if node not in tree.parents]
 
 

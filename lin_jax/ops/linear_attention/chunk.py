@@ -192,7 +192,7 @@ def operand(form: Form, x: Array, grouped: Array | None) -> tuple[Array | None, 
     return local, MAPS[form.feature_map].apply(unit(source) if form.normalise else source)
 
 
-def pull_operand(
+def operand_gradients(
     form: Form, x: Array, grouped: Array | None, local_gradient: Array | None, grouped_gradient: Array | None
 ) -> tuple[Array, Array | None]:
     """Gradients of `x` and `grouped` in `operand`, float32, from those of its results."""
@@ -343,7 +343,7 @@ def fold(grouped_key: Array, value: Array, mask: Array | None) -> Array:
     return transposed_times(_where(mask, grouped_key, 0.0), value)
 
 
-def pull_fold(grouped_key: Array, value: Array, mask: Array | None, state_gradient: Array) -> tuple[Array, Array]:
+def fold_gradients(grouped_key: Array, value: Array, mask: Array | None, state_gradient: Array) -> tuple[Array, Array]:
     """Gradients of `grouped_key` and `value` in `fold`, float32."""
     narrow = state_gradient.astype(value.dtype)
     key_gradient = times_transposed(value, narrow)
@@ -351,7 +351,7 @@ def pull_fold(grouped_key: Array, value: Array, mask: Array | None, state_gradie
     return _where(mask, key_gradient, 0.0), value_gradient
 
 
-def pull_queries(
+def query_gradients(
     form: Form,
     x: Operands,
     value: Array,
@@ -381,7 +381,7 @@ def pull_queries(
     return QueryGradients(query, grouped_query, alpha_gradient, bias, taps)
 
 
-def pull_keys(
+def key_gradients(
     form: Form, x: Operands, value: Array, alpha: Array, masks: Masks, bands: Bands, y_gradient: Array
 ) -> KeyGradients:
     """The gradients that `attend` gives to the keys and values of its window and to its state."""

@@ -100,8 +100,8 @@ def normalised(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, arrays=arrays, options=options, initial_state=state)
 
 
-def _each_head(x_AH: Float[Array, "A #H"], heads: int) -> Float[Array, "A H"]:
-    return jnp.broadcast_to(x_AH.astype(jnp.float32), (x_AH.shape[0], heads))
+def _each_head(table: Float[Array, "any #H"], heads: int) -> Float[Array, "any H"]:
+    return jnp.broadcast_to(table.astype(jnp.float32), (table.shape[0], heads))
 
 
 def _check_shapes(arrays: AttentionArrays) -> None:

@@ -1,5 +1,8 @@
 """Augmented linear attention by its definition, token by token, in float32."""
 
+# Letters beyond the legend: A = tokens that may be seen: those that a state remembers, then the row's; Y = tokens
+# that a state remembers, as if they stood before the row.
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,20 +44,20 @@ def _attend_row(
     per_query_head = lambda x: jnp.repeat(float32(x), H // K, axis=1)  # noqa: E731
 
     # Every token that may be seen, context first: A of them.
-    k_AHD = per_query_head(jnp.concatenate([context.key_BUKD, k_TKD]))
-    v_AHE = per_query_head(jnp.concatenate([context.value_BUKE, v_TKE]))
+    k_AHD = per_query_head(jnp.concatenate([context.key_BYKD, k_TKD]))
+    v_AHE = per_query_head(jnp.concatenate([context.value_BYKE, v_TKE]))
     q_THD = float32(q_THD)
     grouped_q_THP, grouped_k_AHP = q_THD, k_AHD
-    if grouped is not None and context.grouped_key_BUKP is not None:
+    if grouped is not None and context.grouped_key_BYKP is not None:
         grouped_q_THP = float32(grouped[0])
-        grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BUKP, grouped[1]]))
+        grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BYKP, grouped[1]]))
     phi = inputs.options.inner_map.apply
     state_HPE = jnp.repeat(state_KPE, H // K, axis=0)
 
-    position_A = jnp.concatenate([context.position_BU, layout.position_BT])
-    run_A = jnp.concatenate([jnp.zeros_like(context.position_BU), layout.run_BT])
-    known_A = jnp.concatenate([context.position_BU >= 0, layout.real_BT])
-    key_known_A = jnp.concatenate([~context.folded_BU, layout.real_BT])
+    position_A = jnp.concatenate([context.position_BY, layout.position_BT])
+    run_A = jnp.concatenate([jnp.zeros_like(context.position_BY), layout.run_BT])
+    known_A = jnp.concatenate([context.position_BY >= 0, layout.real_BT])
+    key_known_A = jnp.concatenate([~context.folded_BY, layout.real_BT])
 
     def token(t):
         run, position = layout.run_BT[t], layout.position_BT[t]

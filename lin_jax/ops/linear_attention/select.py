@@ -15,7 +15,7 @@ from lin_jax.ops.linear_attention import reference, xla
 from lin_jax.ops.linear_attention.gpu import kernel as gpu_kernel
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.tpu import kernel as tpu_kernel
-from lin_jax.ops.target import Target, target
+from lin_jax.ops.target import TargetDevice, target
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def choose(inputs: Inputs) -> Choice:
     return _fall_back(f"there is no kernel for {where.device_kind}")
 
 
-def _refusal(kernel: Kernel, inputs: Inputs, where: Target) -> str | None:
+def _refusal(kernel: Kernel, inputs: Inputs, where: TargetDevice) -> str | None:
     if where.platform not in (kernel.platform, "cpu"):
         return f"it needs a {kernel.platform.upper()}, but the device is {where.device_kind}"
     return kernel.refusal(inputs, where.device_kind)

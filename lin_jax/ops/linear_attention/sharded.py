@@ -4,8 +4,10 @@ Only what does not grow with the row crosses devices: the tokens of the open win
 convolution, and the sum over all tokens before those, which is combined over the devices (`sum_before`).
 """
 
+# Letters beyond the legend: U = values of the convolution's tail; Y = tokens that a state remembers, as if they stood
+# before the row.
+
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.ops.collectives import halo, sum_before
 from lin_jax.ops.linear_attention.arguments import AttentionArrays, AttentionOptions
-from lin_jax.ops.linear_attention.state import AttentionState, empty_state, outer_sum, take_tokens, window_start
+from lin_jax.ops.linear_attention.state import (
+    AttentionState,
+    Pending,
+    empty_state,
+    outer_sum,
+    take_tokens,
+    window_start,
+)
 from lin_jax.ops.shards import Shards
-
-
-class _Tokens(NamedTuple):
-    """Tokens [B, A, ...] as the state holds them."""
-
-    key: Array
-    grouped_key: Array | None
-    value: Array
 
 
 def state_before(
@@ -52,10 +53,10 @@ def state_before(
     if most > T:
         raise ValueError(f"parts of {T} tokens are shorter than the {most} that the next one needs")
 
-    row = _Tokens(k, part.grouped_k_BTKP, v)
+    row = Pending(k, part.grouped_k_BTKP, v)
     value = halo(v, most, shards.tokens, shards.parts)
     key, grouped_key = jax.tree.map(lambda x: halo(x, reach, shards.tokens, shards.parts), row[:2])
-    window = _Tokens(key, grouped_key, _last(value, reach))
+    window = Pending(key, grouped_key, _last(value, reach))
     length_B = position_BT[:, 0] if ids_BT is None else jnp.where(ids_BT[:, 0] != 0, position_BT[:, 0], 0)
     state = _open_window(window, value, length_B, part.taps, options)
     if options.grouped:
@@ -67,13 +68,13 @@ def state_before(
 
 
 def _open_window(
-    window: _Tokens, value: Array, length_B: Array, taps: int, options: AttentionOptions
+    window: Pending, value: Array, length_B: Array, taps: int, options: AttentionOptions
 ) -> AttentionState:
     """Return the state after `length_B` tokens whose last ones are given, but for what is folded."""
-    empty = empty_state(window.key, window.value, options, grouped_k_BTKP=window.grouped_key, taps=taps)
+    empty = empty_state(window.key_BMKD, window.value_BMKE, options, grouped_k_BTKP=window.grouped_key_BMKP, taps=taps)
     start_B = window_start(length_B, options)
     slot_BS = start_B[:, None] + jnp.arange(options.slots, dtype=jnp.int32)[None]
-    index_BS = slot_BS - (length_B - window.key.shape[1])[:, None]
+    index_BS = slot_BS - (length_B - window.key_BMKD.shape[1])[:, None]
     valid_BS = (slot_BS >= 0) & (slot_BS < length_B[:, None])
     key, grouped_key, value_BSKE = jax.tree.map(lambda x: take_tokens(x, index_BS, valid_BS), window)
     tail = empty.tail_BUKE.shape[1]
@@ -89,7 +90,7 @@ def _open_window(
 
 
 def _folded(
-    row: _Tokens, window: _Tokens, position_BT: Array, length_B: Array, aligned: bool, options: AttentionOptions
+    row: Pending, window: Pending, position_BT: Array, length_B: Array, aligned: bool, options: AttentionOptions
 ) -> tuple[Bool[Array, " B"], Float[Array, "B K P E"]]:
     """Return what this part adds to the state of the run that reaches its end.
 
@@ -99,7 +100,7 @@ def _folded(
     Returns:
         Whether that run began in this part, and the sum of phi(k) v^T.
     """
-    T, reach = row.key.shape[1], window.key.shape[1]
+    T, reach = row.key_BMKD.shape[1], window.key_BMKD.shape[1]
     reset_B = position_BT[:, -1] < T
     if aligned:
         closed = jax.tree.map(lambda x: x[:, : T - reach], row)
@@ -107,14 +108,14 @@ def _folded(
     start_B, end_B = (window_start(x, options) for x in (length_B, position_BT[:, -1] + 1))
     of_run_BT = jnp.arange(-T, 0, dtype=jnp.int32)[None] + position_BT[:, -1:] + 1 >= 0
     row_BT = of_run_BT & (position_BT < end_B[:, None])
-    position_BU = length_B[:, None] + jnp.arange(-reach, 0, dtype=jnp.int32)[None]
-    window_BU = (position_BU >= jnp.maximum(start_B, 0)[:, None]) & ~reset_B[:, None]
-    return reset_B, _outer_sum(window, window_BU, options) + _outer_sum(row, row_BT, options)
+    position_BY = length_B[:, None] + jnp.arange(-reach, 0, dtype=jnp.int32)[None]
+    window_BY = (position_BY >= jnp.maximum(start_B, 0)[:, None]) & ~reset_B[:, None]
+    return reset_B, _outer_sum(window, window_BY, options) + _outer_sum(row, row_BT, options)
 
 
-def _outer_sum(tokens: _Tokens, mask_BT: Array | None, options: AttentionOptions) -> Float[Array, "B K P E"]:
-    key = tokens.key if tokens.grouped_key is None else tokens.grouped_key
-    return outer_sum(key, tokens.value, mask_BT, options)
+def _outer_sum(tokens: Pending, mask_BT: Array | None, options: AttentionOptions) -> Float[Array, "B K P E"]:
+    key = tokens.key_BMKD if tokens.grouped_key_BMKP is None else tokens.grouped_key_BMKP
+    return outer_sum(key, tokens.value_BMKE, mask_BT, options)
 
 
 def _last(x: Array, count: int) -> Array:

@@ -1,5 +1,8 @@
 """The recurrent state of causal augmented attention: what later tokens need to know of earlier ones, and no more."""
 
+# Letters beyond the legend: U = values of the convolution's tail; Y = tokens
+# that a state remembers, as if they stood before the row.
+
 import dataclasses
 from typing import NamedTuple
 
@@ -85,9 +88,9 @@ def pending_tokens(arrays: AttentionArrays, options: AttentionOptions) -> Pendin
     return Pending(arrays.k_BTKD, arrays.grouped_k_BTKP, arrays.v_BTKE)
 
 
-def along_path(pending: Pending, path_BP: Int[Array, "B P"]) -> Pending:
+def along_path(pending: Pending, path_BQ: Int[Array, "B Q"]) -> Pending:
     """Return the nodes of each row's path, in its order."""
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, path_BP[:, :, None, None], axis=1), pending)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, path_BQ[:, :, None, None], axis=1), pending)
 
 
 class Context(NamedTuple):
@@ -97,20 +100,20 @@ class Context(NamedTuple):
     as far back as window or tail reach; `folded` marks tokens that are only in the folded state, or before the start.
     """
 
-    key_BUKD: Float[Array, "B U K D"]
-    grouped_key_BUKP: Float[Array, "B U K P"] | None
-    value_BUKE: Float[Array, "B U K E"]
-    position_BU: Int[Array, "B U"]
-    folded_BU: Bool[Array, "B U"]
+    key_BYKD: Float[Array, "B Y K D"]
+    grouped_key_BYKP: Float[Array, "B Y K P"] | None
+    value_BYKE: Float[Array, "B Y K E"]
+    position_BY: Int[Array, "B Y"]
+    folded_BY: Bool[Array, "B Y"]
 
 
-def take_tokens(x_BT: Array, index_BU: Int[Array, "B U"], valid_BU: Bool[Array, "B U"]) -> Array:
+def take_tokens(x_BT: Array, index_BY: Int[Array, "B Y"], valid_BY: Bool[Array, "B Y"]) -> Array:
     """Return x at the indices along axis 1, and 0 where not valid."""
     if x_BT.shape[1] == 0:
-        return jnp.zeros(index_BU.shape + x_BT.shape[2:], x_BT.dtype)
-    clipped = jnp.clip(index_BU, 0, x_BT.shape[1] - 1)
+        return jnp.zeros(index_BY.shape + x_BT.shape[2:], x_BT.dtype)
+    clipped = jnp.clip(index_BY, 0, x_BT.shape[1] - 1)
     axes = (...,) + (None,) * (x_BT.ndim - 2)
-    return jnp.where(valid_BU[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
+    return jnp.where(valid_BY[axes], jnp.take_along_axis(x_BT, clipped[axes], axis=1), 0)
 
 
 def window_start(length_B: Int[Array, " B"], options: AttentionOptions) -> Int[Array, " B"]:
@@ -119,23 +122,23 @@ def window_start(length_B: Int[Array, " B"], options: AttentionOptions) -> Int[A
 
 
 def context_tokens(state: AttentionState, options: AttentionOptions) -> Context:
-    """Lay the remembered tokens out in U = max(S, W - 1) slots that end at position length - 1."""
+    """Lay the remembered tokens out in Y = max(S, W - 1) slots that end at position length - 1."""
     S, tail = state.key_BSKD.shape[1], state.tail_BUKE.shape[1]
-    U = max(S, tail)
+    Y = max(S, tail)
     start_B = window_start(state.length_B, options)
-    position_BU = state.length_B[:, None] - U + jnp.arange(U, dtype=jnp.int32)[None]
-    slot_BU = position_BU - start_B[:, None]
-    in_window_BU = (slot_BU >= 0) & (position_BU >= 0)
-    value_BUKE = take_tokens(state.value_BSKE, slot_BU, in_window_BU)
-    tail_slot_BU = jnp.broadcast_to(jnp.arange(U, dtype=jnp.int32) - (U - tail), position_BU.shape)
-    from_tail_BU = (tail_slot_BU >= 0) & (position_BU >= 0) & ~in_window_BU
+    position_BY = state.length_B[:, None] - Y + jnp.arange(Y, dtype=jnp.int32)[None]
+    slot_BY = position_BY - start_B[:, None]
+    in_window_BY = (slot_BY >= 0) & (position_BY >= 0)
+    value_BYKE = take_tokens(state.value_BSKE, slot_BY, in_window_BY)
+    tail_slot_BY = jnp.broadcast_to(jnp.arange(Y, dtype=jnp.int32) - (Y - tail), position_BY.shape)
+    from_tail_BY = (tail_slot_BY >= 0) & (position_BY >= 0) & ~in_window_BY
     grouped = state.grouped_key_BSKP
     return Context(
-        key_BUKD=take_tokens(state.key_BSKD, slot_BU, in_window_BU),
-        grouped_key_BUKP=None if grouped is None else take_tokens(grouped, slot_BU, in_window_BU),
-        value_BUKE=value_BUKE + take_tokens(state.tail_BUKE, tail_slot_BU, from_tail_BU),
-        position_BU=position_BU,
-        folded_BU=~in_window_BU,
+        key_BYKD=take_tokens(state.key_BSKD, slot_BY, in_window_BY),
+        grouped_key_BYKP=None if grouped is None else take_tokens(grouped, slot_BY, in_window_BY),
+        value_BYKE=value_BYKE + take_tokens(state.tail_BUKE, tail_slot_BY, from_tail_BY),
+        position_BY=position_BY,
+        folded_BY=~in_window_BY,
     )
 
 
@@ -153,7 +156,7 @@ def advance(
     """
     k_BTKD, grouped_k_BTKP, v_BTKE = tokens
     context = context_tokens(initial, options)
-    U, T = context.position_BU.shape[1], k_BTKD.shape[1]
+    Y, T = context.position_BY.shape[1], k_BTKD.shape[1]
     index_T = jnp.arange(T, dtype=jnp.int32)
     last_B = jnp.max(jnp.where(layout.real_BT, index_T, -1), axis=1)
     any_B = last_B >= 0
@@ -165,14 +168,14 @@ def advance(
     start_B = window_start(length_B, options)
     if folded_BKPE is None:
         own_BT = layout.real_BT & (layout.run_BT == last_run_B[:, None])
-        own_BU = ~context.folded_BU & continues_B[:, None]
+        own_BY = ~context.folded_BY & continues_B[:, None]
         kept_BKPE = jnp.where(continues_B[:, None, None, None], initial.state_BKPE, 0)
-        before = context.key_BUKD if context.grouped_key_BUKP is None else context.grouped_key_BUKP
+        before = context.key_BYKD if context.grouped_key_BYKP is None else context.grouped_key_BYKP
         row = k_BTKD if grouped_k_BTKP is None else grouped_k_BTKP
-        before_BU, row_BT = context.position_BU < start_B[:, None], layout.position_BT < start_B[:, None]
+        before_BY, row_BT = context.position_BY < start_B[:, None], layout.position_BT < start_B[:, None]
         folded_BKPE = (
             kept_BKPE
-            + outer_sum(before, context.value_BUKE, own_BU & before_BU, options)
+            + outer_sum(before, context.value_BYKE, own_BY & before_BY, options)
             + outer_sum(row, v_BTKE, own_BT & row_BT, options)
         )
 
@@ -186,14 +189,14 @@ def advance(
         valid = (position >= 0) & (position < length_B[:, None])
         index = position + offset_B[:, None]
         of_row, of_before = valid & (index >= 0), valid & (index < 0)
-        return take_tokens(row, index, of_row) + take_tokens(before, U + index, of_before)
+        return take_tokens(row, index, of_row) + take_tokens(before, Y + index, of_before)
 
     return AttentionState(
         state_BKPE=folded_BKPE,
-        key_BSKD=gather(context.key_BUKD, k_BTKD, slots_BS),
-        grouped_key_BSKP=None if grouped_k_BTKP is None else gather(context.grouped_key_BUKP, grouped_k_BTKP, slots_BS),
-        value_BSKE=gather(context.value_BUKE, v_BTKE, slots_BS),
-        tail_BUKE=gather(context.value_BUKE, v_BTKE, tail_BU),
+        key_BSKD=gather(context.key_BYKD, k_BTKD, slots_BS),
+        grouped_key_BSKP=None if grouped_k_BTKP is None else gather(context.grouped_key_BYKP, grouped_k_BTKP, slots_BS),
+        value_BSKE=gather(context.value_BYKE, v_BTKE, slots_BS),
+        tail_BUKE=gather(context.value_BYKE, v_BTKE, tail_BU),
         length_B=length_B,
     )
 

@@ -5,6 +5,8 @@ tree, at a distance of depths, and its group is floor((length + depth) / G). So 
 crosses the end of a group, or several. The state changes only when a path is committed: rejected nodes are dropped.
 """
 
+# Letters beyond the legend: U = values of the convolution's tail.
+
 import dataclasses
 from typing import NamedTuple
 
@@ -93,7 +95,7 @@ def verify_tree(
 def commit_path(
     state: AttentionState,
     pending: Pending,
-    path_BP: Int[Array, "B P"],
+    path_BQ: Int[Array, "B Q"],
     count_B: Int[Array, " B"],
     options: AttentionOptions,
 ) -> AttentionState:
@@ -102,7 +104,7 @@ def commit_path(
     Most commits write a few slots of the window. Only where some row ends a group are windows moved and groups folded:
     that is a loop of no or one round, as a loop leaves the state where it is, and `lax.cond` copies it either way.
     """
-    chosen, G = along_path(pending, path_BP), options.group_size
+    chosen, G = along_path(pending, path_BQ), options.group_size
     ends = jnp.any((state.length_B + count_B) // G != state.length_B // G)
 
     def fold(carry: tuple[Array, AttentionState]) -> tuple[Array, AttentionState]:
@@ -125,11 +127,11 @@ def _write(
 ) -> AttentionState:
     """Return what `append` does where no row ends a group: the window stays, and the tokens fill its next slots."""
     B, S = state.key_BSKD.shape[:2]
-    index_P = jnp.arange(chosen.key_BMKD.shape[1], dtype=jnp.int32)
+    index_Q = jnp.arange(chosen.key_BMKD.shape[1], dtype=jnp.int32)
     slot_B = state.length_B - window_start(state.length_B, options)
-    slot_BP = jnp.where(index_P[None] < count_B[:, None], slot_B[:, None] + index_P[None], S)
+    slot_BQ = jnp.where(index_Q[None] < count_B[:, None], slot_B[:, None] + index_Q[None], S)
     row_B1 = jnp.arange(B)[:, None]
-    put = lambda window, tokens: window.at[row_B1, slot_BP].set(tokens, mode="drop")  # noqa: E731
+    put = lambda window, tokens: window.at[row_B1, slot_BQ].set(tokens, mode="drop")  # noqa: E731
     tail_BU = count_B[:, None] + jnp.arange(state.tail_BUKE.shape[1], dtype=jnp.int32)[None]
     values = jnp.concatenate([state.tail_BUKE, chosen.value_BMKE], axis=1)
     grouped = state.grouped_key_BSKP

@@ -5,10 +5,13 @@ added to the local weights before the one product with the values. States of ear
 `jax.lax.associative_scan` inside a chunk of groups and are carried from chunk to chunk by `jax.lax.scan`; a chunk's
 weights are recomputed in the backward pass. Memory is linear in T, with nothing of size T * G or N * D * E.
 
-Rows are cut in blocks of G tokens. Where all rows start a sequence with their first token (`Inputs.aligned`), blocks
-are groups. Otherwise the groups of rows and segments begin anywhere in a block: each block then looks one block further
-back, and the grouped branch to tokens in those blocks is a masked product like the local one. Both are exact.
+Rows are divided into blocks of G tokens. Where all rows start a sequence with their first token (`Inputs.aligned`),
+blocks are groups. Otherwise the groups of rows and segments begin anywhere in a block: each block then looks one block
+further back, and the grouped branch to tokens in those blocks is a masked product like the local one. Both are exact.
 """
+
+# Letters beyond the legend: U = values of the convolution's tail; Y = tokens that a state remembers, as if they stood
+# before the row.
 
 import dataclasses
 from typing import NamedTuple
@@ -32,7 +35,7 @@ CHUNK_TOKENS_CPU = 512
 CHUNK_TOKENS_ACCELERATOR = 4096
 
 
-class _Tokens(NamedTuple):
+class _SeenTokens(NamedTuple):
     """Tokens [B, A, ...] that queries may see, in the order of the row."""
 
     key: Array
@@ -55,7 +58,7 @@ class _Queries(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How a stretch of the row is cut: `count` blocks, each seeing `back` earlier and `ahead` later ones.
+    """How a stretch of the row is divided: `count` blocks, each seeing `back` earlier and `ahead` later ones.
 
     `tail` values before those serve the convolution alone.
     """
@@ -90,7 +93,7 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
         return _bidirectional(inputs)
     T, G = inputs.arrays.q_BTHD.shape[1], inputs.options.group_size
     chunk_tokens = CHUNK_TOKENS_CPU if target().platform == "cpu" else CHUNK_TOKENS_ACCELERATOR
-    blocks = _cut(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
+    blocks = _blocks_of(inputs, count=min(-(-T // G), max(1, chunk_tokens // G)))
     chunks = -(-T // (blocks.count * G))
     queries, tokens = _pad(inputs, chunks * blocks.count * G)
     bands = _bands(inputs, blocks)
@@ -119,7 +122,7 @@ def attend(inputs: Inputs) -> Float[Array, "B T H E"]:
 def _bidirectional(inputs: Inputs) -> Float[Array, "B T H E"]:
     """All blocks at once, each with its neighbours on both sides."""
     T, G = inputs.arrays.q_BTHD.shape[1], inputs.options.group_size
-    blocks = _cut(inputs, count=-(-T // G))
+    blocks = _blocks_of(inputs, count=-(-T // G))
     queries, tokens = _pad(inputs, blocks.count * G)
     left = _context(inputs, blocks)
     right = jax.tree.map(lambda x: jnp.zeros((x.shape[0], blocks.ahead * G, *x.shape[2:]), x.dtype), tokens)
@@ -143,7 +146,7 @@ def _bidirectional(inputs: Inputs) -> Float[Array, "B T H E"]:
     return jax.checkpoint(_outputs, static_argnums=(0, 1))(inputs, blocks, bands, queries, known, states)[:, :T]
 
 
-def _cut(inputs: Inputs, count: int) -> _Blocks:
+def _blocks_of(inputs: Inputs, count: int) -> _Blocks:
     """Stretches of `count` blocks, with no more blocks around them than there are tokens for."""
     G, taps = inputs.options.group_size, 0 if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.shape[0]
     back = inputs.options.local_groups - inputs.aligned
@@ -155,7 +158,7 @@ def _cut(inputs: Inputs, count: int) -> _Blocks:
     return _Blocks(count, back, ahead=0 if inputs.options.causal else back, tail=max(0, taps - 1 - back * G))
 
 
-def _pad(inputs: Inputs, length: int) -> tuple[_Queries, _Tokens]:
+def _pad(inputs: Inputs, length: int) -> tuple[_Queries, _SeenTokens]:
     """Queries and tokens of the row, padded at its end to `length` with a run of their own, which nothing sees."""
     layout = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
     extra = length - inputs.arrays.q_BTHD.shape[1]
@@ -167,10 +170,10 @@ def _pad(inputs: Inputs, length: int) -> tuple[_Queries, _Tokens]:
     run, position, real = pad(layout.run_BT, -1), pad(layout.position_BT), pad(layout.real_BT)
     grouped_q, grouped_k = (None if x is None else pad(x) for x in (arrays.grouped_q_BTHP, arrays.grouped_k_BTKP))
     queries = _Queries(pad(arrays.q_BTHD), grouped_q, jnp.where(real, run, -1), position)
-    return queries, _Tokens(pad(arrays.k_BTKD), grouped_k, pad(arrays.v_BTKE), run, position, real, real)
+    return queries, _SeenTokens(pad(arrays.k_BTKD), grouped_k, pad(arrays.v_BTKE), run, position, real, real)
 
 
-def _context(inputs: Inputs, blocks: _Blocks) -> _Tokens:
+def _context(inputs: Inputs, blocks: _Blocks) -> _SeenTokens:
     """What goes before the row: the tokens that the initial state remembers, or nothing, in the same form."""
     length = blocks.back * inputs.options.group_size + blocks.tail
     B = inputs.arrays.q_BTHD.shape[0]
@@ -178,17 +181,19 @@ def _context(inputs: Inputs, blocks: _Blocks) -> _Tokens:
         empty = lambda x: jnp.zeros((B, length, *x.shape[2:]), x.dtype)  # noqa: E731
         grouped_key = None if inputs.arrays.grouped_k_BTKP is None else empty(inputs.arrays.grouped_k_BTKP)
         ints, never = jnp.zeros((B, length), jnp.int32), jnp.zeros((B, length), bool)
-        return _Tokens(empty(inputs.arrays.k_BTKD), grouped_key, empty(inputs.arrays.v_BTKE), ints, ints, never, never)
+        return _SeenTokens(
+            empty(inputs.arrays.k_BTKD), grouped_key, empty(inputs.arrays.v_BTKE), ints, ints, never, never
+        )
     context = context_tokens(inputs.initial_state, inputs.options)
     context = jax.tree.map(lambda x: _last(x, length), context)
-    return _Tokens(
-        context.key_BUKD,
-        context.grouped_key_BUKP,
-        context.value_BUKE,
-        jnp.zeros_like(context.position_BU),
-        context.position_BU,
-        ~context.folded_BU,
-        context.position_BU >= 0,
+    return _SeenTokens(
+        context.key_BYKD,
+        context.grouped_key_BYKP,
+        context.value_BYKE,
+        jnp.zeros_like(context.position_BY),
+        context.position_BY,
+        ~context.folded_BY,
+        context.position_BY >= 0,
     )
 
 
@@ -199,8 +204,8 @@ def _last(x: Array, length: int) -> Array:
 def _windows(x: Array, blocks: _Blocks, G: int) -> Array:
     """[B, (back + count + ahead) * G, ...] to [B, count, (back + 1 + ahead) * G, ...], one window a block."""
     width = blocks.back + 1 + blocks.ahead
-    cut = x.reshape(x.shape[0], -1, G, *x.shape[2:])
-    return jnp.concatenate([cut[:, i : i + blocks.count] for i in range(width)], axis=2)
+    in_blocks = x.reshape(x.shape[0], -1, G, *x.shape[2:])
+    return jnp.concatenate([in_blocks[:, i : i + blocks.count] for i in range(width)], axis=2)
 
 
 def _tails(x: Array, blocks: _Blocks, G: int) -> Array:
@@ -243,7 +248,7 @@ class _Masks(NamedTuple):
     same: Array | None
 
 
-def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) -> _Masks:
+def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _SeenTokens) -> _Masks:
     G, R, causal, S = inputs.options.group_size, inputs.options.local_groups, inputs.options.causal, window.run.shape[2]
     known = window.key_known[:, :, None, None, None, :]
     distance = jnp.arange(G)[:, None] + blocks.back * G - jnp.arange(S)[None]
@@ -251,16 +256,16 @@ def _masks(inputs: Inputs, blocks: _Blocks, queries: _Queries, window: _Tokens) 
     if inputs.aligned:
         past = distance >= 0 if causal else jnp.ones_like(distance, bool)
         return _Masks(past if S == G and causal else past & known, None, None)
-    cut = lambda x: x.reshape(x.shape[0], blocks.count, G)  # noqa: E731
-    same = (cut(queries.run)[..., None] == window.run[:, :, None, :])[:, :, None, None]
-    groups = (cut(queries.position)[..., None] // G - window.position[:, :, None, :] // G)[:, :, None, None]
+    run, position = (x.reshape(x.shape[0], blocks.count, G) for x in (queries.run, queries.position))
+    same = (run[..., None] == window.run[:, :, None, :])[:, :, None, None]
+    groups = (position[..., None] // G - window.position[:, :, None, :] // G)[:, :, None, None]
     near = (distance >= 0) & (groups < R) if causal else abs(groups) < R
     far = groups >= R if causal else jnp.array(True)
     return _Masks(same & known & near, same & known & far, same)
 
 
 def _outputs(
-    inputs: Inputs, blocks: _Blocks, bands: _Bands, queries: _Queries, known: _Tokens, states: list[_States]
+    inputs: Inputs, blocks: _Blocks, bands: _Bands, queries: _Queries, known: _SeenTokens, states: list[_States]
 ) -> Float[Array, "B A H E"]:
     """Outputs of `blocks.count` blocks, given the tokens around them and the states beyond those."""
     G, (B, A, H, _), K = inputs.options.group_size, queries.query.shape, known.key.shape[2]
@@ -303,7 +308,7 @@ def _outputs(
 
 
 def _tail_convolution(
-    inputs: Inputs, blocks: _Blocks, taps: Array, queries: _Queries, known: _Tokens
+    inputs: Inputs, blocks: _Blocks, taps: Array, queries: _Queries, known: _SeenTokens
 ) -> Float[Array, "B n K J G E"]:
     """The taps that reach before the window."""
     G, taps = inputs.options.group_size, taps.astype(known.value.dtype)
@@ -316,15 +321,15 @@ def _tail_convolution(
     return product("bnkjgu,bnkue->bnkjge", jnp.where(seen, taps, 0), values)
 
 
-def _outer_sums(inputs: Inputs, cut: _Tokens, mask: Bool[Array, "B n S"]) -> Float[Array, "B n K P E"]:
-    """Sum of phi(k) v^T over the masked tokens of each block of `cut`, whose fields are [B, n, S, ...]."""
-    phi_key = inputs.options.inner_map.apply(cut.key if cut.grouped_key is None else cut.grouped_key)
+def _outer_sums(inputs: Inputs, divided: _SeenTokens, mask: Bool[Array, "B n S"]) -> Float[Array, "B n K P E"]:
+    """Sum of phi(k) v^T over the masked tokens of each block of `divided`, whose fields are [B, n, S, ...]."""
+    phi_key = inputs.options.inner_map.apply(divided.key if divided.grouped_key is None else divided.grouped_key)
     if not inputs.aligned or not inputs.options.causal:
         phi_key = jnp.where(mask[..., None, None], phi_key, 0)
-    return product("bnksp,bnkse->bnkpe", _group_keys(phi_key), _group_keys(cut.value))
+    return product("bnksp,bnkse->bnkpe", _group_keys(phi_key), _group_keys(divided.value))
 
 
-def _states_before(inputs: Inputs, blocks: _Blocks, known: _Tokens, state: Array, state_run: Array) -> _States:
+def _states_before(inputs: Inputs, blocks: _Blocks, known: _SeenTokens, state: Array, state_run: Array) -> _States:
     """States before the windows of all blocks, and the one after the last: [B, count + 1, K, P, E].
 
     Elements of the scan are (r, S): r says that S starts a new sequence, and
@@ -332,12 +337,12 @@ def _states_before(inputs: Inputs, blocks: _Blocks, known: _Tokens, state: Array
     """
     G = inputs.options.group_size
     fold = lambda x: x[:, blocks.tail :][:, : blocks.count * G]  # noqa: E731
-    cut = jax.tree.map(lambda x: fold(x).reshape(x.shape[0], blocks.count, G, *x.shape[2:]), known)
+    divided = jax.tree.map(lambda x: fold(x).reshape(x.shape[0], blocks.count, G, *x.shape[2:]), known)
     if not inputs.options.grouped:
         return _States(state[:, None], jnp.broadcast_to(state_run[:, None], (state.shape[0], blocks.count + 1)))
-    last_run = cut.run[:, :, -1]
+    last_run = divided.run[:, :, -1]
     run = jnp.concatenate([state_run[:, None], last_run], axis=1)
-    sums = _outer_sums(inputs, cut, cut.key_known & (cut.run == last_run[..., None]))
+    sums = _outer_sums(inputs, divided, divided.key_known & (divided.run == last_run[..., None]))
     sums = jnp.concatenate([state[:, None], sums], axis=1)
     if inputs.aligned:
         return _States(jax.lax.associative_scan(jnp.add, sums, axis=1), run)

@@ -47,9 +47,9 @@ def append_to_cache(cache: Cache, tokens: Pending, count_B: Int[Array, " B"]) ->
     )
 
 
-def commit_to_cache(cache: Cache, pending: Pending, path_BP: Int[Array, "B P"], count_B: Int[Array, " B"]) -> Cache:
+def commit_to_cache(cache: Cache, pending: Pending, path_BQ: Int[Array, "B Q"], count_B: Int[Array, " B"]) -> Cache:
     """The cache with the first `count_B` nodes of each row's path."""
-    return append_to_cache(cache, along_path(pending, path_BP), count_B)
+    return append_to_cache(cache, along_path(pending, path_BQ), count_B)
 
 
 def extend_softmax(q_BTHD: Float[Array, "B T H D"], cache: Cache, before_B: Int[Array, " B"]) -> Array:

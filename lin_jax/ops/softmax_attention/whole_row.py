@@ -1,4 +1,6 @@
-"""Attention of the scores of whole rows that are cut over devices: every device gathers the keys and values."""
+"""Attention of the scores of whole rows that are split over devices: every device gathers the keys and values."""
+
+# Letters beyond the legend: A = tokens that may be seen: all of the row.
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def sharded_softmax(
     segment_ids_BT: Int[Array, "B T"] | None,
     shards: Shards | None,
 ) -> Float[Array, "B T H E"]:
-    """`softmax_attention` of arrays that may be cut."""
+    """`softmax_attention` of arrays that may be split."""
     if shards is None:
         return softmax_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT)
     if shards.parts > 1:

@@ -67,7 +67,7 @@ def tuning(device_kind: str, name: str) -> Tuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GpuPlan:
     """All static facts of one call.
 
     Attributes:
@@ -157,11 +157,11 @@ class Plan:
         most = 1 + max(min(states, 1), states // 3)
         return max(1, min(wanted, most, self.blocks // BLOCKS_PER_PART))
 
-    def only_near(self) -> "Plan":
+    def only_near(self) -> "GpuPlan":
         """The local branch and the convolution alone; blocks stay as they are."""
         return dataclasses.replace(self, form=dataclasses.replace(self.form, grouped=False))
 
-    def only_far(self) -> "Plan":
+    def only_far(self) -> "GpuPlan":
         """The grouped branch alone; blocks stay as they are."""
         return dataclasses.replace(self, form=dataclasses.replace(self.form, local="none"), taps=0, bias=False)
 
@@ -202,17 +202,17 @@ def padded(size: int) -> int:
     return max(16, 1 << max(0, size - 1).bit_length())
 
 
-class Plans(NamedTuple):
+class GpuPlans(NamedTuple):
     """The plans of the two passes."""
 
-    forward: Plan
-    backward: Plan
+    forward: GpuPlan
+    backward: GpuPlan
 
 
-def make_plans(inputs: Inputs, device_kind: str) -> Plans:
+def make_plans(inputs: Inputs, device_kind: str) -> GpuPlans:
     """The plans for `inputs` on a device of this kind."""
     wide = inputs.arrays.v_BTKE.shape[-1] > NARROW
-    plans = Plans(
+    plans = GpuPlans(
         _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward")),
         _make_plan(inputs, tuning(device_kind, "backward")),
     )
@@ -220,10 +220,10 @@ def make_plans(inputs: Inputs, device_kind: str) -> Plans:
         return plans
     context = max(plan.reach * plan.rows for plan in plans)
     context = -(-context // max(plan.rows for plan in plans)) * max(plan.rows for plan in plans)
-    return Plans(*(dataclasses.replace(plan, context=context) for plan in plans))
+    return GpuPlans(*(dataclasses.replace(plan, context=context) for plan in plans))
 
 
-def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
+def _make_plan(inputs: Inputs, sizes: Tuning) -> GpuPlan:
     B, T, H, D = inputs.arrays.q_BTHD.shape
     _, _, K, E = inputs.arrays.v_BTKE.shape
     # What the table was chosen for is at most 128 channels of bfloat16 or float16, and masks from positions alone. Of
@@ -231,7 +231,7 @@ def _make_plan(inputs: Inputs, sizes: Tuning) -> Plan:
     large = D > NARROW or inputs.arrays.v_BTKE.dtype.itemsize > 2
     rows = min(max(16, sizes.rows // 2) if large else sizes.rows, padded(T))
     aligned = inputs.aligned and inputs.fresh  # What an initial state does not know has to be masked.
-    return Plan(
+    return GpuPlan(
         form=form_of(inputs),
         tuning=dataclasses.replace(sizes, rows=rows, warps=sizes.warps if aligned else max(8, sizes.warps)),
         batch=B,

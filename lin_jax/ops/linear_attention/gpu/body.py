@@ -1,6 +1,6 @@
 """The bodies of the GPU kernels: what one program reads, computes with `chunk.py`, and writes.
 
-Four kernels, each one program a batch row, head, part of the row and value tile (`Plan`):
+Four kernels, each one program a batch row, head, part of the row and value tile (`GpuPlan`):
 
 - `sums_kernel`: what the tokens of a part add to the state (or, backward, to its gradient).
 - `forward_kernel`: blocks of queries in order, with the state on the chip.
@@ -11,6 +11,9 @@ Values wider than a tile make the gradients of queries and keys sums over tiles.
 from kernels that go through all tiles for every pair of blocks; those of the grouped branch, which needs the state of
 its tile, are summed over programs.
 """
+
+# Letters beyond the legend: A = tokens that may be seen: those that a state remembers, then the row's; I = value
+# tiles; Z = parts of a row.
 
 import dataclasses
 from typing import Any, NamedTuple, cast
@@ -23,17 +26,17 @@ from jaxtyping import Array
 from lin_jax.ops.linear_attention import chunk
 from lin_jax.ops.linear_attention.chunk import Form
 from lin_jax.ops.linear_attention.gpu import triton
-from lin_jax.ops.linear_attention.gpu.blocks import Kinds, Plan, padded
+from lin_jax.ops.linear_attention.gpu.blocks import GpuPlan, Kinds, padded
 
 
 class Floats(NamedTuple):
     """The arguments that have gradients. Tables by distance have their heads first: Triton reads rows of them."""
 
     q_BTHD: Array
-    k_BLKD: Array
-    v_BLKE: Array
+    k_BAKD: Array
+    v_BAKE: Array
     grouped_q_BTHP: Array | None
-    grouped_k_BLKP: Array | None
+    grouped_k_BAKP: Array | None
     alpha_H: Array
     bias_HX: Array | None
     taps_HW: Array | None
@@ -41,7 +44,7 @@ class Floats(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where every key token stands, int32 [B, L]. A run of -1 is never seen.
+    """Where every key token stands, int32 [B, A]. A run of -1 is never seen.
 
     Attributes:
         run: sequence that the token belongs to, padding counting as one.
@@ -59,7 +62,7 @@ class Layout(NamedTuple):
 class Extra(NamedTuple):
     """What some kernels read besides: states at the starts of parts, and in backward passes these."""
 
-    state_BNKPE: Any = None
+    state_BZKPE: Any = None
     y_gradient_BTHE: Any = None
     log_total_BHT: Any = None
     delta_BHT: Any = None
@@ -83,7 +86,7 @@ class _Program:
     `zero` is 0 as a value of the program: Pallas refuses static slices that end beyond an axis, and those are masked.
     """
 
-    plan: Plan
+    plan: GpuPlan
     refs: Refs
     b: Any
     head: Any
@@ -121,10 +124,10 @@ class _Program:
     def raw_keys(self, j: Any) -> tuple[Array, Array | None]:
         """Keys of block j, and those of the grouped branch where it has its own, as they were given."""
         floats, plan = self.refs.floats, self.plan
-        k = self.key_rows(floats.k_BLKD, j, self.zero, padded(plan.size))
-        if floats.grouped_k_BLKP is None:
+        k = self.key_rows(floats.k_BAKD, j, self.zero, padded(plan.size))
+        if floats.grouped_k_BAKP is None:
             return k, None
-        return k, self.key_rows(floats.grouped_k_BLKP, j, self.zero, padded(plan.grouped_size))
+        return k, self.key_rows(floats.grouped_k_BAKP, j, self.zero, padded(plan.grouped_size))
 
     def operands(self, x: Array, grouped: Array | None) -> tuple[Array | None, Array | None]:
         """As they are multiplied, in the local and in the grouped branch."""
@@ -136,7 +139,7 @@ class _Program:
 
     def values(self, j: Any, tile: Any) -> Array:
         """Values of block j in a value tile."""
-        return self.key_rows(self.refs.floats.v_BLKE, j, tile * self.plan.tile, self.plan.tile)
+        return self.key_rows(self.refs.floats.v_BAKE, j, tile * self.plan.tile, self.plan.tile)
 
     def y_gradient(self, i: Any, tile: Any, head: Any = None) -> Array:
         """Gradient of the outputs of block i in a value tile."""
@@ -249,7 +252,7 @@ def _and(a: Array | None, b: Array) -> Array:
     return b if a is None else a & b
 
 
-def _group(position: Array, plan: Plan) -> Array:
+def _group(position: Array, plan: GpuPlan) -> Array:
     return jax.lax.div(position, jnp.int32(plan.group_size))
 
 
@@ -326,7 +329,7 @@ def _score_gradient(form: Form, weights: _Weights, pair: _Pair, gradient: Array,
 UNROLLED = 1
 
 
-def _lowest(plan: Plan, i: Any) -> Any:
+def _lowest(plan: GpuPlan, i: Any) -> Any:
     """The first block that queries of block i see one by one: the state holds those before it."""
     if plan.lag is not None:
         return jnp.maximum(0, i - plan.lag)
@@ -335,7 +338,7 @@ def _lowest(plan: Plan, i: Any) -> Any:
     return jnp.maximum(0, group)
 
 
-def _highest(plan: Plan, j: Any) -> Any:
+def _highest(plan: GpuPlan, j: Any) -> Any:
     """The last block whose queries see keys of block j one by one."""
     if plan.lag is not None:
         return jnp.minimum(plan.blocks - 1, j + plan.lag)
@@ -344,12 +347,12 @@ def _highest(plan: Plan, j: Any) -> Any:
     return jnp.minimum(plan.blocks - 1, group)
 
 
-def _unrolled(plan: Plan) -> list[int]:
+def _unrolled(plan: GpuPlan) -> list[int]:
     """The offsets of a window that is written out, the earliest block first; empty for a loop."""
     return list(range(plan.reach, -1, -1)) if plan.lag is not None and plan.reach <= UNROLLED else []
 
 
-def _over_keys(plan: Plan, i: Any, body: Any, carry: Any) -> Any:
+def _over_keys(plan: GpuPlan, i: Any, body: Any, carry: Any) -> Any:
     """`body(j, offset, carry)` for the blocks j that queries of block i see."""
     for offset in _unrolled(plan):
         carry = body(i - offset, offset, carry)
@@ -359,7 +362,7 @@ def _over_keys(plan: Plan, i: Any, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(first, i + 1, lambda j, carry: body(j, None, carry), carry)
 
 
-def _over_queries(plan: Plan, j: Any, body: Any, carry: Any) -> Any:
+def _over_queries(plan: GpuPlan, j: Any, body: Any, carry: Any) -> Any:
     """`body(i, offset, carry)` for the blocks i whose queries see keys of block j."""
     for offset in _unrolled(plan):
         carry = body(j + offset, offset, carry)
@@ -440,8 +443,8 @@ def _where(mask: Array | None, x: Array) -> Array:
 
 
 def _first_state(program: _Program, part: Any, tile: Any, run: Any) -> _State:
-    """The state where a part starts: entry `part` of `state_BNKPE`, or 0 where there is none."""
-    plan, ref = program.plan, program.refs.extra.state_BNKPE
+    """The state where a part starts: entry `part` of `state_BZKPE`, or 0 where there is none."""
+    plan, ref = program.plan, program.refs.extra.state_BZKPE
     if not plan.form.grouped:
         return _State(None, None)
     if ref is None:
@@ -454,7 +457,7 @@ def _first_state(program: _Program, part: Any, tile: Any, run: Any) -> _State:
 
 
 def _state_at(program: _Program, ref: Any, part: Any, tile: Any) -> tuple[Any, Array]:
-    """A state's place in an array [B, N, K, P, E], and the mask of what exists there."""
+    """A state's place in an array [B, Z, K, P, E], and the mask of what exists there."""
     P, E = ref.shape[3:]
     rows, columns = padded(P), program.plan.tile
     row, column = jax.lax.iota(jnp.int32, rows), tile * columns + jax.lax.iota(jnp.int32, columns)
@@ -478,17 +481,17 @@ def _store(
 # The kernels.
 
 
-def _program_of_query_head(plan: Plan, refs: Refs) -> tuple[_Program, Any, Any]:
+def _program_of_query_head(plan: GpuPlan, refs: Refs) -> tuple[_Program, Any, Any]:
     b, head, part, tile = (pl.program_id(axis) for axis in range(4))
     return _Program(plan, refs, b, head, jax.lax.div(head, jnp.int32(plan.sharing)), b * 0), part, tile
 
 
-def _program_of_key_head(plan: Plan, refs: Refs) -> tuple[_Program, Any, Any]:
+def _program_of_key_head(plan: GpuPlan, refs: Refs) -> tuple[_Program, Any, Any]:
     b, key_head, part, tile = (pl.program_id(axis) for axis in range(4))
     return _Program(plan, refs, b, None, key_head, b * 0), part, tile
 
 
-def sums_kernel(plan: Plan, parts: int, reverse: bool, refs: Refs, sums_ref: Any) -> None:
+def sums_kernel(plan: GpuPlan, parts: int, reverse: bool, refs: Refs, sums_ref: Any) -> None:
     """What a part adds to the state of the next, or (reverse) what the next adds to the gradient of this one's."""
     program, part, tile = _program_of_key_head(plan, refs)
     state = _State(
@@ -538,11 +541,11 @@ def _window_tables(program: _Program, head: Any) -> Any:
 
 def _narrow(program: _Program, tables: _Tables) -> _Tables:
     """Taps in the type of the weights that they are added to, which saves registers."""
-    taps = None if tables.taps is None else tables.taps.astype(program.refs.floats.v_BLKE.dtype)
+    taps = None if tables.taps is None else tables.taps.astype(program.refs.floats.v_BAKE.dtype)
     return tables._replace(taps=taps)
 
 
-def forward_kernel(plan: Plan, parts: int, refs: Refs, y_ref: Any) -> None:
+def forward_kernel(plan: GpuPlan, parts: int, refs: Refs, y_ref: Any) -> None:
     """Outputs of a part, for one query head and value tile."""
     form = plan.form
     program, part, tile = _program_of_query_head(plan, refs)
@@ -578,8 +581,8 @@ def forward_kernel(plan: Plan, parts: int, refs: Refs, y_ref: Any) -> None:
 
 
 def _entry(program: _Program, parts: int, part: Any) -> Any:
-    """Where `state_BNKPE` has the state of a part: the first part's is left out where it is 0."""
-    ref = program.refs.extra.state_BNKPE
+    """Where `state_BZKPE` has the state of a part: the first part's is left out where it is 0."""
+    ref = program.refs.extra.state_BZKPE
     return part if ref is None else part - (parts - ref.shape[1])
 
 
@@ -601,11 +604,11 @@ class QueryOutputs(NamedTuple):
 
     q: Any
     grouped_q: Any
-    alpha_BHNt: Any
+    alpha_BHZI: Any
     log_total_BHT: Any
     delta_BHT: Any
-    bias_BHNXrr: Any
-    taps_BHNXrr: Any
+    bias_pairs: Any
+    taps_pairs: Any
 
 
 def _weight_gradient(
@@ -623,7 +626,9 @@ def _weight_gradient(
     return jax.lax.fori_loop(0, inner, add, jnp.zeros((rows, rows), jnp.float32))
 
 
-def query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: Refs, zeros: Any, outputs: QueryOutputs) -> None:
+def query_gradients_kernel(
+    plan: GpuPlan, parts: int, inner: int, refs: Refs, zeros: Any, outputs: QueryOutputs
+) -> None:
     """Gradients of queries, alpha, bias and taps of a part, for one query head and value tile (or `inner` tiles)."""
     del zeros  # The same memory as the outputs of bias and taps.
     form = plan.form
@@ -671,12 +676,12 @@ def query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: Refs, zeros
                 score = _score_gradient(form, weights_of(j, offset, pair), pair, gradient, delta)
                 from_local += chunk.times(score.astype(k.local.dtype), k.local)
                 if plan.bias:
-                    triton.atomic_add(outputs.bias_BHNXrr, at, score)
+                    triton.atomic_add(outputs.bias_pairs, at, score)
             if pair.has_far:
                 seen = _where(pair.far, gradient)
                 from_grouped += chunk.times(seen.astype(k.grouped.dtype), k.grouped)
             if pair.kinds.band:
-                triton.atomic_add(outputs.taps_BHNXrr, at, _where(pair.band, gradient))
+                triton.atomic_add(outputs.taps_pairs, at, _where(pair.band, gradient))
             return from_local, from_grouped
 
         first = tuple(jnp.zeros((plan.rows, padded(size)), jnp.float32) for size in (plan.size, plan.grouped_size))
@@ -686,7 +691,7 @@ def query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: Refs, zeros
             from_grouped += _where(None if plan.aligned else _own(program, refs.layout.value_run, i, state), far)
             alpha_gradient += jnp.sum(from_grouped * q.grouped.astype(jnp.float32))
             state = _fold_window(program, i, state, loaded, tile)
-        gradients = chunk.pull_operand(
+        gradients = chunk.operand_gradients(
             form,
             q.raw,
             q.raw_grouped,
@@ -701,7 +706,7 @@ def query_gradients_kernel(plan: Plan, parts: int, inner: int, refs: Refs, zeros
     state = _first_state(program, _entry(program, parts, part), tile, run)
     _, alpha_gradient = jax.lax.fori_loop(first, last, block, (state, jnp.float32(0)))
     if form.grouped:
-        outputs.alpha_BHNt[program.b, program.head, part, tile] = alpha_gradient
+        outputs.alpha_BHZI[program.b, program.head, part, tile] = alpha_gradient
 
 
 def _store_per_query(program: _Program, ref: Any, i: Any, x: Array) -> None:
@@ -726,7 +731,7 @@ class KeyOutputs(NamedTuple):
     v: Any
 
 
-def key_gradients_kernel(plan: Plan, parts: int, inner: int, local: bool, refs: Refs, outputs: KeyOutputs) -> None:
+def key_gradients_kernel(plan: GpuPlan, parts: int, inner: int, local: bool, refs: Refs, outputs: KeyOutputs) -> None:
     """Gradients of keys (of the local branch if `local`) and values of a part, for one key head and value tile."""
     form = plan.form
     program, part, tile = _program_of_key_head(plan, refs)
@@ -742,7 +747,7 @@ def key_gradients_kernel(plan: Plan, parts: int, inner: int, local: bool, refs: 
         mask = None
         if form.grouped:
             own = None if plan.aligned else _own(program, refs.layout.key_run, j, state)
-            from_grouped, from_value = chunk.pull_fold(k.grouped, value, own, state.state)
+            from_grouped, from_value = chunk.fold_gradients(k.grouped, value, own, state.state)
             if _unrolled(plan):
                 state, mask = _before_queries(program, state, j + plan.lag)
 
@@ -789,7 +794,7 @@ def key_gradients_kernel(plan: Plan, parts: int, inner: int, local: bool, refs: 
         state = _State(folded, state.run)
         if form.grouped and not _unrolled(plan):
             state = _fold_leaving(program, j, state, tile)
-        gradients = chunk.pull_operand(
+        gradients = chunk.operand_gradients(
             form,
             k.raw,
             k.raw_grouped,

@@ -5,6 +5,9 @@ their ends are masked. How the work is cut is in `gpu_plan.py`, and what depends
 has deprecated and which runs on A100 and H100 alike, is in `triton.py`.
 """
 
+# Letters beyond the legend: A = tokens that may be seen: those that a state remembers, then the row's; I = value
+# tiles; Y = tokens that a state remembers, as if they stood before the row; Z = parts of a row.
+
 import functools
 from typing import Any
 
@@ -16,7 +19,7 @@ from jaxtyping import Array, Float
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.linear_attention import chunk
 from lin_jax.ops.linear_attention.gpu import triton
-from lin_jax.ops.linear_attention.gpu.blocks import Plan, Plans, make_plans
+from lin_jax.ops.linear_attention.gpu.blocks import GpuPlan, GpuPlans, make_plans
 from lin_jax.ops.linear_attention.gpu.blocks import refusal as refusal
 from lin_jax.ops.linear_attention.gpu.body import (
     Extra,
@@ -53,10 +56,10 @@ def _floats(inputs: Inputs, length: int) -> Floats:
 
     return Floats(
         q_BTHD=inputs.arrays.q_BTHD,
-        k_BLKD=join(context and context.key_BUKD, inputs.arrays.k_BTKD),
-        v_BLKE=join(context and context.value_BUKE, inputs.arrays.v_BTKE),
+        k_BAKD=join(context and context.key_BYKD, inputs.arrays.k_BTKD),
+        v_BAKE=join(context and context.value_BYKE, inputs.arrays.v_BTKE),
         grouped_q_BTHP=inputs.arrays.grouped_q_BTHP,
-        grouped_k_BLKP=join(context and context.grouped_key_BUKP, inputs.arrays.grouped_k_BTKP),
+        grouped_k_BAKP=join(context and context.grouped_key_BYKP, inputs.arrays.grouped_k_BTKP),
         alpha_H=inputs.alpha_H,
         bias_HX=None if inputs.arrays.bias_XH is None or not inputs.options.scored else inputs.arrays.bias_XH.T,
         taps_HW=None if inputs.arrays.conv_WH is None else inputs.arrays.conv_WH.T,
@@ -79,9 +82,9 @@ def _layout(inputs: Inputs, length: int) -> Layout:
     join = lambda before, row: jnp.concatenate([before, row], axis=1)  # noqa: E731
     return Layout(
         run=join(jnp.zeros_like(row.run_BT, shape=(row.run_BT.shape[0], length)), row.run_BT),
-        key_run=join(_ending(-context.folded_BU.astype(jnp.int32), length, -1), real_run),
-        value_run=join(_ending(-(context.position_BU < 0).astype(jnp.int32), length, -1), real_run),
-        position=join(_ending(context.position_BU, length, -1), row.position_BT),
+        key_run=join(_ending(-context.folded_BY.astype(jnp.int32), length, -1), real_run),
+        value_run=join(_ending(-(context.position_BY < 0).astype(jnp.int32), length, -1), real_run),
+        position=join(_ending(context.position_BY, length, -1), row.position_BT),
     )
 
 
@@ -91,8 +94,8 @@ def _part_of(blocks: int, parts: int, first: int, part: int) -> tuple[int, int]:
     return first + part * each, min(first + (part + 1) * each, first + blocks)
 
 
-def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gradient: Array | None) -> Array | None:
-    """States where parts start, [B, N, K, P, E] float32, or (given the gradient of y) their gradients where parts end.
+def _states(plan: GpuPlan, parts: int, floats: Floats, layout: Layout | None, y_gradient: Array | None) -> Array | None:
+    """States where parts start, [B, Z, K, P, E] float32, or (given the gradient of y) their gradients where parts end.
 
     The first part's state (the last one's gradient) is left out where it is 0. None: there is no other.
     """
@@ -102,21 +105,21 @@ def _states(plan: Plan, parts: int, floats: Floats, layout: Layout | None, y_gra
     if parts == 1:
         return None if zero is None else zero[:, None]
     shape = (plan.batch, parts - 1, plan.key_heads, plan.grouped_size, plan.value_size)
-    sums_BNKPE = triton.call(
+    sums_BZKPE = triton.call(
         functools.partial(sums_kernel, plan, parts, reverse),
         plan,
         (plan.batch, plan.key_heads, parts - 1, plan.tiles),
         (Refs(floats, layout, Extra(y_gradient_BTHE=y_gradient)),),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    continues_BN = _continues(plan, parts, layout, reverse)
+    continues_BZ = _continues(plan, parts, layout, reverse)
     if reverse:
-        return _prefix(None, sums_BNKPE[:, ::-1], None if continues_BN is None else continues_BN[:, ::-1])[:, ::-1]
-    return _prefix(zero, sums_BNKPE, continues_BN)
+        return _prefix(None, sums_BZKPE[:, ::-1], None if continues_BZ is None else continues_BZ[:, ::-1])[:, ::-1]
+    return _prefix(zero, sums_BZKPE, continues_BZ)
 
 
-def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> Array | None:
-    """[B, N - 1]: whether the run where part n + 1 starts is still that where part n does; None: always."""
+def _continues(plan: GpuPlan, parts: int, layout: Layout | None, reverse: bool) -> Array | None:
+    """[B, Z - 1]: whether the run where part n + 1 starts is still that where part n does; None: always."""
     if layout is None or plan.lag is None:
         return None
     if reverse:
@@ -125,17 +128,17 @@ def _continues(plan: Plan, parts: int, layout: Layout | None, reverse: bool) -> 
     else:
         starts = [_part_of(plan.blocks - plan.first_query, parts, plan.first_query, n)[0] for n in range(parts)]
         tokens = [max(0, start - plan.lag) * plan.rows - 1 for start in starts]
-    token_N = np.asarray(tokens)
-    run_BN = jnp.where((token_N < 0)[None], 0, layout.run[:, np.clip(token_N, 0, layout.run.shape[1] - 1)])
-    return run_BN[:, 1:] == run_BN[:, :-1]
+    token_Z = np.asarray(tokens)
+    run_BZ = jnp.where((token_Z < 0)[None], 0, layout.run[:, np.clip(token_Z, 0, layout.run.shape[1] - 1)])
+    return run_BZ[:, 1:] == run_BZ[:, :-1]
 
 
-def _prefix(first_BKPE: Array | None, sums: Array, continues_BN: Array | None) -> Array:
-    """The state after each sum [B, N, K, P, E], and before them the first, where there is one.
+def _prefix(first_BKPE: Array | None, sums: Array, continues_BZ: Array | None) -> Array:
+    """The state after each sum [B, Z, K, P, E], and before them the first, where there is one.
 
     Where a run ends, what went before is dropped.
     """
-    starts = None if continues_BN is None else ~continues_BN
+    starts = None if continues_BZ is None else ~continues_BZ
     if first_BKPE is not None:
         sums = jnp.concatenate([first_BKPE[:, None], sums], axis=1)
         starts = None if starts is None else jnp.pad(starts, ((0, 0), (1, 0)))
@@ -149,7 +152,7 @@ def _prefix(first_BKPE: Array | None, sums: Array, continues_BN: Array | None) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plans: Plans, floats: Floats, layout: Layout | None) -> Array:
+def _attend(plans: GpuPlans, floats: Floats, layout: Layout | None) -> Array:
     plan = plans.forward
     parts = plan.parts(plan.heads)
     states = _states(plan, parts, floats, layout, None)
@@ -157,16 +160,16 @@ def _attend(plans: Plans, floats: Floats, layout: Layout | None) -> Array:
         functools.partial(forward_kernel, plan, parts),
         plan,
         (plan.batch, plan.heads, parts, plan.tiles),
-        (Refs(floats, layout, Extra(state_BNKPE=states)),),
-        jax.ShapeDtypeStruct((plan.batch, plan.tokens, plan.heads, plan.value_size), floats.v_BLKE.dtype),
+        (Refs(floats, layout, Extra(state_BZKPE=states)),),
+        jax.ShapeDtypeStruct((plan.batch, plan.tokens, plan.heads, plan.value_size), floats.v_BAKE.dtype),
     )
 
 
-def _attend_forward(plans: Plans, floats: Floats, layout: Layout | None) -> tuple[Array, Any]:
+def _attend_forward(plans: GpuPlans, floats: Floats, layout: Layout | None) -> tuple[Array, Any]:
     return _attend(plans, floats, layout), (floats, layout)
 
 
-def _attend_backward(plans: Plans, saved: Any, y_gradient: Array) -> tuple[Floats, None]:
+def _attend_backward(plans: GpuPlans, saved: Any, y_gradient: Array) -> tuple[Floats, None]:
     (floats, layout), plan = saved, plans.backward
     if plan.tiles == 1:
         whole = _query_gradients(plan, 1, floats, layout, y_gradient)
@@ -185,7 +188,9 @@ def _attend_backward(plans: Plans, saved: Any, y_gradient: Array) -> tuple[Float
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _query_gradients(plan: Plan, inner: int, floats: Floats, layout: Layout | None, y_gradient: Array) -> QueryOutputs:
+def _query_gradients(
+    plan: GpuPlan, inner: int, floats: Floats, layout: Layout | None, y_gradient: Array
+) -> QueryOutputs:
     """Gradients of queries and tables by one call, of a grid of value tiles or of `inner` tiles one after another."""
     tiles, parts = -(-plan.tiles // inner), plan.parts(plan.heads)
     partial = plan.tiles > 1
@@ -197,14 +202,14 @@ def _query_gradients(plan: Plan, inner: int, floats: Floats, layout: Layout | No
     outputs = QueryOutputs(
         q=_gradient_shape(floats.q_BTHD, tiles, partial) if plan.form.scored or plan.taps or not own else None,
         grouped_q=_gradient_shape(floats.grouped_q_BTHP, tiles, partial) if own and plan.form.grouped else None,
-        alpha_BHNt=jax.ShapeDtypeStruct(grid, jnp.float32) if plan.form.grouped else None,
+        alpha_BHZI=jax.ShapeDtypeStruct(grid, jnp.float32) if plan.form.grouped else None,
         log_total_BHT=per_query if softmax else None,
         delta_BHT=per_query if softmax else None,
-        bias_BHNXrr=jax.ShapeDtypeStruct(pairs, jnp.float32) if plan.bias else None,
-        taps_BHNXrr=jax.ShapeDtypeStruct(pairs, jnp.float32) if plan.taps else None,
+        bias_pairs=jax.ShapeDtypeStruct(pairs, jnp.float32) if plan.bias else None,
+        taps_pairs=jax.ShapeDtypeStruct(pairs, jnp.float32) if plan.taps else None,
     )
     states = _states(plan, parts, floats, layout, None)
-    refs = Refs(floats, layout, Extra(state_BNKPE=states, y_gradient_BTHE=y_gradient))
+    refs = Refs(floats, layout, Extra(state_BZKPE=states, y_gradient_BTHE=y_gradient))
     zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in outputs[5:] if x is not None)
     leaves, count = len(jax.tree.leaves(refs)), len(jax.tree.leaves(outputs))
     aliases = {leaves + n: count - len(zeros) + n for n in range(len(zeros))}
@@ -214,7 +219,7 @@ def _query_gradients(plan: Plan, inner: int, floats: Floats, layout: Layout | No
 
 
 def _key_gradients(
-    plan: Plan,
+    plan: GpuPlan,
     inner: int,
     local: bool,
     values: bool,
@@ -227,9 +232,9 @@ def _key_gradients(
     tiles, parts, form = -(-plan.tiles // inner), plan.parts(plan.key_heads), plan.form
     partial, own = plan.tiles > 1, plan.form.own_grouped
     outputs = KeyOutputs(
-        k=_gradient_shape(floats.k_BLKD, tiles, partial) if local or (form.grouped and not own) else None,
-        grouped_k=_gradient_shape(floats.grouped_k_BLKP, tiles, partial) if own and form.grouped else None,
-        v=_gradient_shape(floats.v_BLKE, 1, False) if values else None,
+        k=_gradient_shape(floats.k_BAKD, tiles, partial) if local or (form.grouped and not own) else None,
+        grouped_k=_gradient_shape(floats.grouped_k_BAKP, tiles, partial) if own and form.grouped else None,
+        v=_gradient_shape(floats.v_BAKE, 1, False) if values else None,
     )
     states = _states(plan, parts, floats, layout, y_gradient)
     extra = Extra(states, y_gradient, queries.log_total_BHT, queries.delta_BHT)
@@ -244,7 +249,7 @@ def _gradient_shape(x: Any, tiles: int, partial: bool) -> jax.ShapeDtypeStruct:
 
 
 def _gradients(
-    plan: Plan,
+    plan: GpuPlan,
     floats: Floats,
     layout: Layout | None,
     y_gradient: Array,
@@ -257,25 +262,25 @@ def _gradients(
         terms = [term.sum(axis=0) if term.ndim == x.ndim + 1 else term for term in terms if term is not None]
         return None if x is None else sum(terms[1:], terms[0]).astype(x.dtype) if terms else jnp.zeros_like(x)
 
-    alpha = [x.alpha_BHNt.sum(axis=(0, 2, 3)) for x in queries if x.alpha_BHNt is not None]
+    alpha = [x.alpha_BHZI.sum(axis=(0, 2, 3)) for x in queries if x.alpha_BHZI is not None]
     return Floats(
         q_BTHD=total(floats.q_BTHD, [x.q for x in queries]),
-        k_BLKD=total(floats.k_BLKD, [x.k for x in keys]),
-        v_BLKE=total(floats.v_BLKE, [x.v for x in keys]),
+        k_BAKD=total(floats.k_BAKD, [x.k for x in keys]),
+        v_BAKE=total(floats.v_BAKE, [x.v for x in keys]),
         grouped_q_BTHP=total(floats.grouped_q_BTHP, [x.grouped_q for x in queries]),
-        grouped_k_BLKP=total(floats.grouped_k_BLKP, [x.grouped_k for x in keys]),
+        grouped_k_BAKP=total(floats.grouped_k_BAKP, [x.grouped_k for x in keys]),
         alpha_H=alpha[0] if alpha else jnp.zeros_like(floats.alpha_H),
-        bias_HX=_by_distance(floats.bias_HX, queries[0].bias_BHNXrr),
-        taps_HW=_by_distance(floats.taps_HW, queries[0].taps_BHNXrr),
+        bias_HX=_by_distance(floats.bias_HX, queries[0].bias_pairs),
+        taps_HW=_by_distance(floats.taps_HW, queries[0].taps_pairs),
         state_BKPE=_state_gradient(plan, floats, layout, y_gradient),
     )
 
 
-def _by_distance(table_HX: Array | None, pairs_BHNXrr: Array | None) -> Array | None:
+def _by_distance(table_HX: Array | None, by_pair: Array | None) -> Array | None:
     """The gradient of a table by distance: the sums of the diagonals of its entries for pairs of blocks."""
-    if table_HX is None or pairs_BHNXrr is None:
+    if table_HX is None or by_pair is None:
         return None if table_HX is None else jnp.zeros_like(table_HX)
-    pairs = pairs_BHNXrr.sum(axis=(0, 2))
+    pairs = by_pair.sum(axis=(0, 2))
     H, offsets, rows, _ = pairs.shape
     # Row r of the mirrored matrix is moved r to the right: then entries of one distance stand in one column.
     mirrored = jnp.pad(pairs[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, rows)))
@@ -290,7 +295,7 @@ def _by_distance(table_HX: Array | None, pairs_BHNXrr: Array | None) -> Array | 
     return jnp.pad(line, ((0, 0), (0, max(0, X - line.shape[1]))))[:, :X]
 
 
-def _state_gradient(plan: Plan, floats: Floats, layout: Layout | None, y_gradient: Array) -> Array | None:
+def _state_gradient(plan: GpuPlan, floats: Floats, layout: Layout | None, y_gradient: Array) -> Array | None:
     """Gradient of the initial state: of all queries whose run it belongs to."""
     if floats.state_BKPE is None or layout is None:
         return None

@@ -20,7 +20,7 @@ MOST_HEADS = 32
 # What a kernel may use by default.
 LEAST_VMEM = 16 << 20
 # What the compiler may need beside the buffers counted here, as a part of the memory.
-SPARE = 0.15
+HEADROOM = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TpuPlan:
     """Everything static about one pass of the kernel.
 
     Attributes:
@@ -125,7 +125,7 @@ def sizes_of(inputs: Inputs) -> Sizes:
     return Sizes(B, T, H, inputs.arrays.k_BTKD.shape[2], D, inputs.arrays.v_BTKE.shape[-1], P, itemsize)
 
 
-def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
+def make_plan(inputs: Inputs, device_kind: str, direction: str) -> TpuPlan | str:
     """The plan of a pass, or the reason why there is none.
 
     Args:
@@ -142,7 +142,7 @@ def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
         for heads in _heads(wanted["heads"], sizes, simulated):
             plan = _plan(inputs, sizes, rows, heads, vmem)
             needed = vmem_needed(plan, direction)
-            if needed <= (1 - SPARE) * vmem:
+            if needed <= (1 - HEADROOM) * vmem:
                 # No more than it may need: the compiler keeps arrays of the rest of the program in what is left.
                 return dataclasses.replace(plan, vmem_bytes=min(vmem, max(2 * needed, LEAST_VMEM)))
             least = needed if least is None else min(least, needed)
@@ -154,11 +154,11 @@ def make_plan(inputs: Inputs, device_kind: str, direction: str) -> Plan | str:
     return f"{direction} needs {least / 2**20:.1f} MiB of vector memory, of {vmem / 2**20:.0f} that {device_kind} has"
 
 
-def _plan(inputs: Inputs, sizes: Sizes, rows: int, heads: int, vmem: int) -> Plan:
+def _plan(inputs: Inputs, sizes: Sizes, rows: int, heads: int, vmem: int) -> TpuPlan:
     final = inputs.return_state and inputs.options.grouped
     aligned = inputs.aligned and inputs.fresh and not final
     back = window_back(inputs, rows, aligned)
-    return Plan(
+    return TpuPlan(
         form=form_of(inputs),
         sizes=sizes,
         group_size=inputs.options.group_size,
@@ -212,7 +212,7 @@ def _heads(wanted: int, sizes: Sizes, simulated: bool) -> Iterator[int]:
     yield from reversed(fitting or legal[:1])
 
 
-def vmem_needed(plan: Plan, direction: str) -> int:
+def vmem_needed(plan: TpuPlan, direction: str) -> int:
     """Bytes of vector memory of one step: blocks that come and go are there twice, what is kept between steps once."""
     return _blocks_bytes(plan, direction) + _kept_bytes(plan, direction)
 
@@ -221,7 +221,7 @@ def _padded(rows: int, lanes: int, itemsize: int) -> int:
     return -(-rows // 8) * 8 * -(-lanes // LANES) * LANES * itemsize
 
 
-def _blocks_bytes(plan: Plan, direction: str) -> int:
+def _blocks_bytes(plan: TpuPlan, direction: str) -> int:
     s, heads, rows = plan.sizes, plan.heads, plan.rows
     array = lambda n, width: _padded(n, heads * width, s.itemsize)  # noqa: E731
     query = array(rows, s.J * s.D) + array(rows, s.J * s.P)
@@ -237,7 +237,7 @@ def _blocks_bytes(plan: Plan, direction: str) -> int:
     return 2 * max(queries, keys)
 
 
-def _kept_bytes(plan: Plan, direction: str) -> int:
+def _kept_bytes(plan: TpuPlan, direction: str) -> int:
     """Kept between steps, and the largest values inside one."""
     s, heads, slots = plan.sizes, plan.heads, plan.slots
     state = _padded(s.state_rows, s.E, 4)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from lin_jax.ops.linear_attention import chunk
 from lin_jax.ops.linear_attention.chunk import Bands, Masks, Operands
 from lin_jax.ops.linear_attention.tpu import window_layout as wl
-from lin_jax.ops.linear_attention.tpu.blocks import Plan
+from lin_jax.ops.linear_attention.tpu.blocks import TpuPlan
 
 Refs = dict[str, Any]
 
@@ -26,7 +26,7 @@ def _lanes(i: int, width: int) -> slice:
     return slice(i * width, (i + 1) * width)
 
 
-def _inside(plan: Plan, n: Any, x: Array) -> Array:
+def _inside(plan: TpuPlan, n: Any, x: Array) -> Array:
     """x with zeros in the rows that are not of the row."""
     if not plan.ragged:
         return x
@@ -44,7 +44,7 @@ class _Seen(NamedTuple):
     final_keep: Any
 
 
-def _seen(plan: Plan, n: Any, refs: Refs) -> _Seen:
+def _seen(plan: TpuPlan, n: Any, refs: Refs) -> _Seen:
     if plan.aligned:
         return _Seen(_aligned_masks(plan, n), None, None, None, None)
     rows, back = plan.rows, plan.back
@@ -70,13 +70,13 @@ def _seen(plan: Plan, n: Any, refs: Refs) -> _Seen:
     return seen._replace(final_fold=final, final_keep=keep[:, rows : rows + 1] > 0)
 
 
-def _distance(plan: Plan) -> Array:
+def _distance(plan: TpuPlan) -> Array:
     shape = (plan.rows, plan.slots)
     query = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + plan.back
     return query - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def _aligned_masks(plan: Plan, n: Any) -> Masks:
+def _aligned_masks(plan: TpuPlan, n: Any) -> Masks:
     """Groups are counted from the row's first token."""
     G, R, back = plan.group_size, plan.local_groups, plan.back
     first = n * plan.rows
@@ -96,7 +96,7 @@ def _quotient(x: Array, divisor: int) -> Array:
     return jnp.floor((x.astype(jnp.float32) + 0.5) * (1 / divisor)).astype(jnp.int32)
 
 
-def _queries(plan: Plan, refs: Refs, i: int, keep_inside: Callable[[Array], Array]) -> tuple[Array, Array | None]:
+def _queries(plan: TpuPlan, refs: Refs, i: int, keep_inside: Callable[[Array], Array]) -> tuple[Array, Array | None]:
     """Queries of a head as they are given."""
     s = plan.sizes
     own = refs.get("grouped_query")
@@ -104,20 +104,20 @@ def _queries(plan: Plan, refs: Refs, i: int, keep_inside: Callable[[Array], Arra
     return keep_inside(refs["query"][0, :, _lanes(i, s.D)]), grouped
 
 
-def _skew(plan: Plan, line: Array) -> Array:
+def _skew(plan: TpuPlan, line: Array) -> Array:
     """The band [rows, slots] of a line [1, period]: row i is the line moved by i. Row by row where bits of i are 1."""
     x = jnp.broadcast_to(line, (plan.rows, plan.period))
     return _move_rows(plan, x, lambda step: step)[:, : plan.slots]
 
 
-def _unskew(plan: Plan, band: Array) -> Array:
+def _unskew(plan: TpuPlan, band: Array) -> Array:
     """The adjoint of `_skew`."""
     beyond = jnp.zeros((plan.rows, plan.period - plan.slots), jnp.float32)
     x = _move_rows(plan, jnp.concatenate([band, beyond], axis=1), lambda step: plan.period - step)
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def _move_rows(plan: Plan, x: Array, move: Callable[[int], int]) -> Array:
+def _move_rows(plan: TpuPlan, x: Array, move: Callable[[int], int]) -> Array:
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     step = 1
     while step < plan.rows:
@@ -126,7 +126,7 @@ def _move_rows(plan: Plan, x: Array, move: Callable[[int], int]) -> Array:
     return x
 
 
-def _make_bands(plan: Plan, refs: Refs) -> None:
+def _make_bands(plan: TpuPlan, refs: Refs) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _():
         for name in ("bias", "taps"):
@@ -138,7 +138,7 @@ def _bands(refs: Refs, i: int) -> Bands:
     return Bands(*(refs[f"{name}_band"][i] if name in refs else None for name in ("bias", "taps")))
 
 
-def _put_window(plan: Plan, n: Any, refs: Refs) -> None:
+def _put_window(plan: TpuPlan, n: Any, refs: Refs) -> None:
     """Puts the block's keys and values behind those that are kept; at the first block, what goes before the row."""
     s, form, back = plan.sizes, plan.form, plan.back
     keep_inside = functools.partial(_inside, plan, n)
@@ -181,7 +181,7 @@ class _Window(NamedTuple):
     state: Any
 
 
-def _window(plan: Plan, refs: Refs, kp: int) -> _Window:
+def _window(plan: TpuPlan, refs: Refs, kp: int) -> _Window:
     s, form = plan.sizes, plan.form
     key = refs["key_window"][:, _lanes(kp, s.D)] if form.scored else None
     grouped = None
@@ -191,7 +191,7 @@ def _window(plan: Plan, refs: Refs, kp: int) -> _Window:
     return _Window(key, grouped, refs["value_window"][:, _lanes(kp, s.E)], state)
 
 
-def _advance(plan: Plan, refs: Refs, seen: _Seen) -> None:
+def _advance(plan: TpuPlan, refs: Refs, seen: _Seen) -> None:
     """Folds the first tokens of the window into the state, and moves it on."""
     rows, back = plan.rows, plan.back
     if plan.form.grouped:
@@ -206,7 +206,7 @@ def _advance(plan: Plan, refs: Refs, seen: _Seen) -> None:
             refs[name][:back] = refs[name][rows:]
 
 
-def _put_final(plan: Plan, refs: Refs, seen: _Seen, kp: int, window: _Window) -> None:
+def _put_final(plan: TpuPlan, refs: Refs, seen: _Seen, kp: int, window: _Window) -> None:
     @pl.when(pl.program_id(2) == plan.blocks - 1)
     def _():
         state, rows = refs["state_sum"][kp], plan.rows
@@ -214,7 +214,7 @@ def _put_final(plan: Plan, refs: Refs, seen: _Seen, kp: int, window: _Window) ->
         refs["state_out"][0, kp] = jnp.where(seen.final_keep, state, 0.0) + rest
 
 
-def forward_body(plan: Plan, refs: Refs) -> None:
+def forward_body(plan: TpuPlan, refs: Refs) -> None:
     """Outputs of a block; blocks come in the order of the row."""
     n, s = pl.program_id(2), plan.sizes
     _put_window(plan, n, refs)
@@ -230,7 +230,7 @@ def forward_body(plan: Plan, refs: Refs) -> None:
     _advance(plan, refs, seen)
 
 
-def query_body(plan: Plan, refs: Refs) -> None:
+def query_body(plan: TpuPlan, refs: Refs) -> None:
     """Gradients of a block's queries, and sums of those of alpha and bands; blocks come in the order of the row."""
     n, heads = pl.program_id(2), plan.heads * plan.sizes.J
     _put_window(plan, n, refs)
@@ -256,15 +256,15 @@ def query_body(plan: Plan, refs: Refs) -> None:
                 refs[f"{name}_out"][0, i] = _unskew(plan, refs[f"{name}_sum"][i])
 
 
-def _put_query_gradients(plan: Plan, n: Any, refs: Refs, seen: _Seen, i: int, window: _Window) -> None:
+def _put_query_gradients(plan: TpuPlan, n: Any, refs: Refs, seen: _Seen, i: int, window: _Window) -> None:
     """Of one query head."""
     s, keep_inside = plan.sizes, functools.partial(_inside, plan, n)
     given = _queries(plan, refs, i, keep_inside)
     query = chunk.operand(plan.form, *given)
     x = Operands(query[0], window.key, query[1], window.grouped_key)
     y, alpha = keep_inside(refs["y"][0, :, _lanes(i, s.E)]), refs["alpha"][i]
-    g = chunk.pull_queries(plan.form, x, window.value, window.state, alpha, seen.masks, _bands(refs, i), y)
-    local, grouped = chunk.pull_operand(plan.form, *given, g.query, g.grouped_query)
+    g = chunk.query_gradients(plan.form, x, window.value, window.state, alpha, seen.masks, _bands(refs, i), y)
+    local, grouped = chunk.operand_gradients(plan.form, *given, g.query, g.grouped_query)
     refs["query_out"][0, :, _lanes(i, s.D)] = local.astype(refs["query_out"].dtype)
     if grouped is not None:
         refs["grouped_query_out"][0, :, _lanes(i, s.P)] = grouped.astype(refs["grouped_query_out"].dtype)
@@ -275,7 +275,7 @@ def _put_query_gradients(plan: Plan, n: Any, refs: Refs, seen: _Seen, i: int, wi
             refs[name][i] += of_band
 
 
-def _whole_window(plan: Plan, n: Any, refs: Refs, name: str, lanes: slice) -> Array:
+def _whole_window(plan: TpuPlan, n: Any, refs: Refs, name: str, lanes: slice) -> Array:
     """Keys or values of the window as they are given, in reverse order of blocks: earlier ones are read again."""
     parts = []
     for piece in range(plan.pieces):
@@ -290,7 +290,7 @@ def _whole_window(plan: Plan, n: Any, refs: Refs, name: str, lanes: slice) -> Ar
 _SUMS = ("key_sum", "grouped_key_sum", "value_sum")
 
 
-def key_body(plan: Plan, refs: Refs) -> None:
+def key_body(plan: TpuPlan, refs: Refs) -> None:
     """Gradients of a block's keys and values, and of what goes before the row; blocks come in reverse order."""
     s, rows = plan.sizes, plan.rows
     n = plan.blocks - 1 - pl.program_id(2)
@@ -309,7 +309,7 @@ def key_body(plan: Plan, refs: Refs) -> None:
         value = _whole_window(plan, n, refs, "value", lanes[2])
         operand: tuple[Any, Any] = chunk.operand(plan.form, key, own)
         if plan.form.grouped:
-            _pull_folds(plan, refs, seen, kp, operand[1], value, lanes)
+            _add_fold_gradients(plan, refs, seen, kp, operand[1], value, lanes)
         for i in range(kp * s.J, (kp + 1) * s.J):
             query = chunk.operand(plan.form, *_queries(plan, refs, i, functools.partial(_inside, plan, n)))
             x = Operands(query[0], operand[0], query[1], operand[1])
@@ -322,11 +322,11 @@ def key_body(plan: Plan, refs: Refs) -> None:
 
 
 def _add_key_gradients(
-    plan: Plan, n: Any, refs: Refs, seen: _Seen, i: int, x: Operands, value: Array, lanes: tuple[slice, slice, slice]
+    plan: TpuPlan, n: Any, refs: Refs, seen: _Seen, i: int, x: Operands, value: Array, lanes: tuple[slice, slice, slice]
 ) -> None:
     """Adds what one query head gives to its window and to the state before it."""
     y = _inside(plan, n, refs["y"][0, :, _lanes(i, plan.sizes.E)])
-    g = chunk.pull_keys(plan.form, x, value, refs["alpha"][i], seen.masks, _bands(refs, i), y)
+    g = chunk.key_gradients(plan.form, x, value, refs["alpha"][i], seen.masks, _bands(refs, i), y)
     for name, gradient, where in zip(_SUMS, g[:3], lanes, strict=True):
         if gradient is not None:
             refs[name][:, where] += gradient
@@ -334,14 +334,14 @@ def _add_key_gradients(
         refs["state_sum"][i // plan.sizes.J] += g.state
 
 
-def _pull_folds(
-    plan: Plan, refs: Refs, seen: _Seen, kp: int, grouped_key: Array, value: Array, lanes: tuple[slice, slice, slice]
+def _add_fold_gradients(
+    plan: TpuPlan, refs: Refs, seen: _Seen, kp: int, grouped_key: Array, value: Array, lanes: tuple[slice, slice, slice]
 ) -> None:
     """The gradients of what was folded after the block, and the step of `state_sum` to the state before it."""
     rows = plan.rows
 
-    def pull(which: slice, mask: Array | None, gradient: Array) -> None:
-        key, values = chunk.pull_fold(grouped_key[which], value[which], mask, gradient)
+    def add(which: slice, mask: Array | None, gradient: Array) -> None:
+        key, values = chunk.fold_gradients(grouped_key[which], value[which], mask, gradient)
         refs["grouped_key_sum"][which, lanes[1]] += key
         refs["value_sum"][which, lanes[2]] += values
 
@@ -350,17 +350,17 @@ def _pull_folds(
         @pl.when(pl.program_id(2) == 0)
         def _():
             final = refs["final"][0, kp]
-            pull(slice(rows, plan.slots), seen.final_fold, final)
+            add(slice(rows, plan.slots), seen.final_fold, final)
             refs["state_sum"][kp] = jnp.where(seen.final_keep, final, 0.0)
 
     gradient = refs["state_sum"][kp]
-    pull(slice(0, rows), seen.fold, gradient)
+    add(slice(0, rows), seen.fold, gradient)
     if seen.keep is not None:
         refs["state_sum"][kp] = jnp.where(seen.keep, gradient, 0.0)
 
 
 def _put_key_gradients(
-    plan: Plan, refs: Refs, kp: int, key: Array, own: Array | None, lanes: tuple[slice, slice, slice]
+    plan: TpuPlan, refs: Refs, kp: int, key: Array, own: Array | None, lanes: tuple[slice, slice, slice]
 ) -> None:
     """Writes the gradients that are complete: of the block, and after the first block of what goes before the row."""
     form, back = plan.form, plan.back
@@ -368,7 +368,7 @@ def _put_key_gradients(
     def put(which: slice, suffix: str) -> None:
         local = refs["key_sum"][which, lanes[0]] if form.scored else None
         grouped = refs["grouped_key_sum"][which, lanes[1]] if form.grouped else None
-        of_key, of_own = chunk.pull_operand(form, key[which], None if own is None else own[which], local, grouped)
+        of_key, of_own = chunk.operand_gradients(form, key[which], None if own is None else own[which], local, grouped)
         refs[f"key{suffix}"][0, :, lanes[0]] = of_key.astype(refs[f"key{suffix}"].dtype)
         if of_own is not None:
             refs[f"grouped_key{suffix}"][0, :, lanes[1]] = of_own.astype(refs[f"grouped_key{suffix}"].dtype)

@@ -10,6 +10,8 @@ Arrays are taken as they are, [B, T, H, D] as [B, T, H D] without a copy: a head
 may reach beyond the row, where memory holds anything: what is read from there is replaced by zeros.
 """
 
+# Letters beyond the legend: Y = tokens that a state remembers, as if they stood before the row.
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import context_tokens
 from lin_jax.ops.linear_attention.tpu import body
 from lin_jax.ops.linear_attention.tpu import window_layout as wl
-from lin_jax.ops.linear_attention.tpu.blocks import Plan, make_plan
+from lin_jax.ops.linear_attention.tpu.blocks import TpuPlan, make_plan
 from lin_jax.ops.linear_attention.tpu.cost import Cost, forward_cost, key_cost, query_cost
 
 # How the kernel runs where there is no TPU.
@@ -47,9 +49,9 @@ class Arguments(NamedTuple):
     alpha_H: Float[Array, " H"]
     bias_XH: Float[Array, "X H"] | None
     conv_WH: Float[Array, "W H"] | None
-    key_before: Float[Array, "B U KD"] | None
-    grouped_key_before: Float[Array, "B U KP"] | None
-    value_before: Float[Array, "B U KE"] | None
+    key_before: Float[Array, "B Y KD"] | None
+    grouped_key_before: Float[Array, "B Y KP"] | None
+    value_before: Float[Array, "B Y KE"] | None
     state: Float[Array, "B K P E"] | None
     fields_forward: Any
     fields_backward: Any
@@ -69,11 +71,11 @@ class Small(NamedTuple):
     value_before: Array | None
 
 
-class Plans(NamedTuple):
+class TpuPlans(NamedTuple):
     """Of both directions; they differ in block sizes alone."""
 
-    forward: Plan
-    backward: Plan
+    forward: TpuPlan
+    backward: TpuPlan
 
 
 def refusal(inputs: Inputs, device_kind: str) -> str | None:
@@ -93,20 +95,20 @@ def attend(inputs: Inputs, device_kind: str) -> tuple[Float[Array, "B T H E"], F
     if not inputs.options.scored and not inputs.options.grouped and arrays.conv_WH is None:
         return jnp.zeros((*arrays.q_BTHD.shape[:3], arrays.v_BTKE.shape[-1]), arrays.v_BTKE.dtype), None
     forward, backward = (make_plan(inputs, device_kind, direction) for direction in ("forward", "backward"))
-    assert isinstance(forward, Plan) and isinstance(backward, Plan)
-    y, state = _attend(Plans(forward, backward), _arguments(inputs, forward, backward))
+    assert isinstance(forward, TpuPlan) and isinstance(backward, TpuPlan)
+    y, state = _attend(TpuPlans(forward, backward), _arguments(inputs, forward, backward))
     return y.reshape(*inputs.arrays.q_BTHD.shape[:3], -1), state
 
 
-def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
+def _arguments(inputs: Inputs, forward: TpuPlan, backward: TpuPlan) -> Arguments:
     lanes: Any = lambda x: None if x is None else x.reshape(*x.shape[:2], -1)  # noqa: E731
     own = forward.form.own_grouped
     key_before = grouped_key_before = value_before = None
     if not inputs.fresh:
         context = context_tokens(inputs.initial_state, inputs.options)
         last = lambda x: lanes(wl.last_slots(x, max(forward.back, backward.back)))  # noqa: E731
-        key_before, value_before = last(context.key_BUKD), last(context.value_BUKE)
-        grouped_key_before = last(context.grouped_key_BUKP) if own else None
+        key_before, value_before = last(context.key_BYKD), last(context.value_BYKE)
+        grouped_key_before = last(context.grouped_key_BYKP) if own else None
     fields = lambda plan: None if plan.aligned else wl.window_fields(inputs, plan.rows, plan.back)  # noqa: E731
     return Arguments(
         lanes(inputs.arrays.q_BTHD),
@@ -126,7 +128,7 @@ def _arguments(inputs: Inputs, forward: Plan, backward: Plan) -> Arguments:
     )
 
 
-def _small(plan: Plan, arguments: Arguments) -> Small:
+def _small(plan: TpuPlan, arguments: Arguments) -> Small:
     a = arguments
     line = lambda x: None if x is None else _line(plan, x)  # noqa: E731
     before = lambda x: None if x is None else wl.last_slots(x, plan.back)  # noqa: E731
@@ -134,7 +136,7 @@ def _small(plan: Plan, arguments: Arguments) -> Small:
     return Small(a.alpha_H[:, None, None], line(a.bias_XH), line(a.conv_WH), *tokens)
 
 
-def _line(plan: Plan, by_distance: Float[Array, "X H"]) -> Float[Array, "H 1 period"]:
+def _line(plan: TpuPlan, by_distance: Float[Array, "X H"]) -> Float[Array, "H 1 period"]:
     """The entries of a band by slot - query, modulo the period; `_skew` makes the band where it is used."""
     by_distance = by_distance[: plan.slots]
     entries = jnp.pad(by_distance.T, ((0, 0), (0, plan.period - by_distance.shape[0])))
@@ -142,29 +144,29 @@ def _line(plan: Plan, by_distance: Float[Array, "X H"]) -> Float[Array, "H 1 per
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plans: Plans, arguments: Arguments) -> tuple[Array, Array | None]:
+def _attend(plans: TpuPlans, arguments: Arguments) -> tuple[Array, Array | None]:
     return _forward(plans.forward, arguments, _small(plans.forward, arguments))
 
 
-def _attend_forward(plans: Plans, arguments: Arguments) -> tuple[tuple[Array, Array | None], Arguments]:
+def _attend_forward(plans: TpuPlans, arguments: Arguments) -> tuple[tuple[Array, Array | None], Arguments]:
     return _attend(plans, arguments), arguments
 
 
-def _attend_backward(plans: Plans, arguments: Arguments, gradients: tuple[Array, Array | None]) -> tuple[Arguments]:
+def _attend_backward(plans: TpuPlans, arguments: Arguments, gradients: tuple[Array, Array | None]) -> tuple[Arguments]:
     plan, (y, final) = plans.backward, gradients
-    small, pull_small = jax.vjp(
+    small, small_gradients = jax.vjp(
         lambda a: _small(plan, a), arguments._replace(fields_forward=None, fields_backward=None)
     )
-    of_queries = _pull_queries(plan, arguments, small, y)
-    of_keys = _pull_keys(plan, arguments, small, y, final)
+    of_queries = _query_gradients(plan, arguments, small, y)
+    of_keys = _key_gradients(plan, arguments, small, y, final)
     of_small: dict[str, Array] = {
         name: of_queries[name].sum(axis=0) for name in ("alpha", "bias", "taps") if name in of_queries
     }
     of_small |= {name: x for name, x in of_keys.items() if name.endswith("_before")}
     zeros: dict[str, Array] = {name: jnp.zeros_like(x) for name, x in small._asdict().items() if x is not None}
-    (pulled,) = pull_small(small._replace(**{**zeros, **of_small}))
+    (gradient,) = small_gradients(small._replace(**{**zeros, **of_small}))
     return (
-        pulled._replace(
+        gradient._replace(
             query=of_queries["query"],
             grouped_query=of_queries.get("grouped_query"),
             key=of_keys["key"],
@@ -178,10 +180,10 @@ def _attend_backward(plans: Plans, arguments: Arguments, gradients: tuple[Array,
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# How arrays are cut. The grid is (rows of the batch, steps of heads, blocks).
+# How arrays are divided. The grid is (rows of the batch, steps of heads, blocks).
 
 
-class Cut(NamedTuple):
+class BlockedArray(NamedTuple):
     """An array and its block, or the shape of a result and its block."""
 
     array: Any
@@ -194,68 +196,70 @@ class Cut(NamedTuple):
         return pl.BlockSpec(self.block, self.where)
 
 
-def _tokens(plan: Plan, array: Any, reverse: bool = False) -> Cut:
+def _tokens(plan: TpuPlan, array: Any, reverse: bool = False) -> BlockedArray:
     """[B, T, lanes], a block of rows."""
     steps = plan.sizes.K // plan.heads
     block = (1, plan.rows, array.shape[2] // steps)
-    return Cut(array, block, lambda b, h, n: (b, _block(plan, n, reverse), h))
+    return BlockedArray(array, block, lambda b, h, n: (b, _block(plan, n, reverse), h))
 
 
-def _block(plan: Plan, n: Any, reverse: bool) -> Any:
+def _block(plan: TpuPlan, n: Any, reverse: bool) -> Any:
     return plan.blocks - 1 - n if reverse else n
 
 
-def _per_head(plan: Plan, array: Any) -> Cut:
+def _per_head(plan: TpuPlan, array: Any) -> BlockedArray:
     """[H, ...], the same in all blocks."""
     heads, rest = plan.heads * plan.sizes.J, array.shape[1:]
-    return Cut(array, (heads, *rest), lambda b, h, n: (h, *(0,) * len(rest)))
+    return BlockedArray(array, (heads, *rest), lambda b, h, n: (h, *(0,) * len(rest)))
 
 
-def _per_row_and_head(plan: Plan, array: Any, heads: int) -> Cut:
+def _per_row_and_head(plan: TpuPlan, array: Any, heads: int) -> BlockedArray:
     """[B, heads, ...], the same in all blocks."""
     rest = array.shape[2:]
-    return Cut(array, (1, heads, *rest), lambda b, h, n: (b, h, *(0,) * len(rest)))
+    return BlockedArray(array, (1, heads, *rest), lambda b, h, n: (b, h, *(0,) * len(rest)))
 
 
-def _before(plan: Plan, array: Any) -> Cut:
+def _before(plan: TpuPlan, array: Any) -> BlockedArray:
     """[B, back, lanes], whole."""
     steps = plan.sizes.K // plan.heads
-    return Cut(array, (1, array.shape[1], array.shape[2] // steps), lambda b, h, n: (b, 0, h))
+    return BlockedArray(array, (1, array.shape[1], array.shape[2] // steps), lambda b, h, n: (b, 0, h))
 
 
-def _fields(plan: Plan, array: Any, reverse: bool = False) -> Cut:
+def _fields(plan: TpuPlan, array: Any, reverse: bool = False) -> BlockedArray:
     """[B, N, fields, slots], a block's."""
-    return Cut(array, (1, 1, *array.shape[2:]), lambda b, h, n: (b, _block(plan, n, reverse), 0, 0))
+    return BlockedArray(array, (1, 1, *array.shape[2:]), lambda b, h, n: (b, _block(plan, n, reverse), 0, 0))
 
 
-def _inputs(plan: Plan, a: Arguments, small: Small, fields: Any, reverse: bool = False) -> dict[str, Cut]:
-    cuts = {
+def _inputs(plan: TpuPlan, a: Arguments, small: Small, fields: Any, reverse: bool = False) -> dict[str, BlockedArray]:
+    blocked = {
         name: _tokens(plan, getattr(a, name), reverse)
         for name in ("query", "key", "grouped_query", "grouped_key", "value")
         if getattr(a, name) is not None
     }
-    cuts |= {name: _per_head(plan, x) for name in ("alpha", "bias", "taps") if (x := getattr(small, name)) is not None}
+    blocked |= {
+        name: _per_head(plan, x) for name in ("alpha", "bias", "taps") if (x := getattr(small, name)) is not None
+    }
     if fields is not None:
-        cuts["fields"] = _fields(plan, fields, reverse)
-    return cuts
+        blocked["fields"] = _fields(plan, fields, reverse)
+    return blocked
 
 
-def _initial(plan: Plan, a: Arguments, small: Small) -> dict[str, Cut]:
+def _initial(plan: TpuPlan, a: Arguments, small: Small) -> dict[str, BlockedArray]:
     if plan.fresh:
         return {}
     names = ("key_before", "grouped_key_before", "value_before")
-    cuts = {name: _before(plan, x) for name in names if plan.back and (x := getattr(small, name)) is not None}
+    blocked = {name: _before(plan, x) for name in names if plan.back and (x := getattr(small, name)) is not None}
     if a.state is not None:
-        cuts["state"] = _per_row_and_head(plan, a.state, plan.heads)
-    return cuts
+        blocked["state"] = _per_row_and_head(plan, a.state, plan.heads)
+    return blocked
 
 
 def _run(
     name: str,
     body: Callable[..., None],
-    plan: Plan,
-    inputs: dict[str, Cut],
-    outputs: dict[str, Cut],
+    plan: TpuPlan,
+    inputs: dict[str, BlockedArray],
+    outputs: dict[str, BlockedArray],
     scratch: dict[str, tuple[tuple[int, ...], Any]],
     cost: Cost,
 ) -> dict[str, Array]:
@@ -269,9 +273,9 @@ def _run(
         return pl.pallas_call(
             kernel,
             grid=(plan.sizes.B, plan.sizes.K // plan.heads, plan.blocks),
-            in_specs=[cut.spec for cut in inputs.values()],
-            out_specs=[cut.spec for cut in outputs.values()],
-            out_shape=[cut.array for cut in outputs.values()],
+            in_specs=[one.spec for one in inputs.values()],
+            out_specs=[one.spec for one in outputs.values()],
+            out_shape=[one.array for one in outputs.values()],
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_bytes
@@ -281,7 +285,7 @@ def _run(
             name=f"augmented_attention_{name}",
         )
 
-    arrays = [cut.array for cut in inputs.values()]
+    arrays = [one.array for one in inputs.values()]
     # The lowering decides: a program may be compiled for TPUs where there is none.
     results = jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(SIMULATION))
     return dict(zip(outputs, results, strict=True))
@@ -294,7 +298,7 @@ def _like(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
 # The passes.
 
 
-def _forward(plan: Plan, a: Arguments, small: Small) -> tuple[Array, Array | None]:
+def _forward(plan: TpuPlan, a: Arguments, small: Small) -> tuple[Array, Array | None]:
     s = plan.sizes
     outputs = {"y": _tokens(plan, _like((s.B, s.T, s.H * s.E), a.value.dtype))}
     if plan.final:
@@ -307,7 +311,7 @@ def _forward(plan: Plan, a: Arguments, small: Small) -> tuple[Array, Array | Non
     return results["y"], results.get("state")
 
 
-def _pull_queries(plan: Plan, a: Arguments, small: Small, y: Array) -> dict[str, Array]:
+def _query_gradients(plan: TpuPlan, a: Arguments, small: Small, y: Array) -> dict[str, Array]:
     s = plan.sizes
     inputs = {**_inputs(plan, a, small, a.fields_backward), **_initial(plan, a, small), "y": _tokens(plan, y)}
     outputs = {"query": _tokens(plan, _like(a.query.shape, a.query.dtype))}
@@ -321,7 +325,7 @@ def _pull_queries(plan: Plan, a: Arguments, small: Small, y: Array) -> dict[str,
     return _run("queries", run_block, plan, inputs, outputs, scratch, query_cost(plan))
 
 
-def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | None) -> dict[str, Array]:
+def _key_gradients(plan: TpuPlan, a: Arguments, small: Small, y: Array, final: Array | None) -> dict[str, Array]:
     s, f32 = plan.sizes, jnp.float32
     inputs = {**_inputs(plan, a, small, a.fields_backward, reverse=True), "y": _tokens(plan, y, reverse=True)}
     names = [n for n in ("key", "grouped_key", "value") if getattr(a, n) is not None]
@@ -350,7 +354,7 @@ def _pull_keys(plan: Plan, a: Arguments, small: Small, y: Array, final: Array | 
     return _run("keys", run_block, plan, inputs, outputs, scratch, key_cost(plan))
 
 
-def _window_scratch(plan: Plan, a: Arguments) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _window_scratch(plan: TpuPlan, a: Arguments) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What the passes in forward order keep: the window, as it is multiplied, and the state before it."""
     s, form = plan.sizes, plan.form
     scratch: dict[str, tuple[tuple[int, ...], Any]] = {"value_window": ((plan.slots, plan.heads * s.E), a.value.dtype)}
@@ -363,14 +367,14 @@ def _window_scratch(plan: Plan, a: Arguments) -> dict[str, tuple[tuple[int, ...]
     return scratch
 
 
-def _band_scratch(plan: Plan, what: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _band_scratch(plan: TpuPlan, what: str) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Bands of all heads of a step, or sums over blocks of their gradients."""
     shape = (plan.heads * plan.sizes.J, plan.rows, plan.slots)
     names = [name for name, there in (("bias", plan.bias), ("taps", plan.taps)) if there]
     return {f"{name}_{what}": (shape, jnp.float32) for name in names}
 
 
-def _piece(plan: Plan, array: Array, piece: int) -> Cut:
+def _piece(plan: TpuPlan, array: Array, piece: int) -> BlockedArray:
     """[B, T, lanes], a piece of the window before a block; visited in reverse order."""
     steps, each = plan.sizes.K // plan.heads, plan.rows // plan.piece
 
@@ -378,14 +382,14 @@ def _piece(plan: Plan, array: Array, piece: int) -> Cut:
         first = (plan.blocks - 1 - n) * each - plan.pieces
         return b, jnp.maximum(first + piece, 0), h
 
-    return Cut(array, (1, plan.piece, array.shape[2] // steps), index)
+    return BlockedArray(array, (1, plan.piece, array.shape[2] // steps), index)
 
 
-def _piece_before(plan: Plan, array: Array, piece: int) -> Cut:
+def _piece_before(plan: TpuPlan, array: Array, piece: int) -> BlockedArray:
     """[B, back, lanes], what stands in place of a piece that begins before the row."""
     steps, each = plan.sizes.K // plan.heads, plan.rows // plan.piece
 
     def index(b, h, n):
         return b, jnp.minimum((plan.blocks - 1 - n) * each + piece, plan.pieces - 1), h
 
-    return Cut(array, (1, plan.piece, array.shape[2] // steps), index)
+    return BlockedArray(array, (1, plan.piece, array.shape[2] // steps), index)

@@ -4,6 +4,9 @@ A row is cut in blocks of `rows` tokens; the window of a block is the `back` tok
 integers a slot of the window, [B, N, fields, back + rows] for N blocks: some 50 bytes a token, for all heads.
 """
 
+# Letters beyond the legend: U = values of the convolution's tail; Y = tokens that a state remembers, as if they stood
+# before the row.
+
 import math
 from typing import NamedTuple
 
@@ -50,7 +53,7 @@ def window_back(inputs: Inputs, rows: int, aligned: bool) -> int:
     return max(local, taps - 1, 0)
 
 
-class _Tokens(NamedTuple):
+class _TokenFields(NamedTuple):
     """Fields [B, A] of the tokens before the row and of the row, padded to whole blocks."""
 
     run: Array
@@ -71,47 +74,53 @@ def window_fields(inputs: Inputs, rows: int, back: int) -> Int[Array, "B N field
     foldable = tokens.key_known & ~_stays_open(inputs, tokens, last_run)
 
     index = np.arange(blocks)[:, None] * rows + np.arange(back + rows)[None]
-    cut = lambda x: x[:, index]  # noqa: E731
+
+    def windows(x: Array) -> Array:
+        return x[:, index]
+
     early = jnp.asarray(np.arange(back + rows) < rows)[None, None]
     is_last = jnp.asarray(np.arange(blocks) == blocks - 1)[None, :, None]
-    run = cut(tokens.run)
+    run = windows(tokens.run)
     target = jnp.where(early, next_run[..., None], jnp.where(is_last, last_run[..., None], NOBODY))
     source = jnp.where(early, state_run[..., None], next_run[..., None])
     start = (tokens.position // inputs.options.group_size - inputs.options.local_groups + 1) * inputs.options.group_size
     fields = {
-        QUERY_RUN: jnp.where(cut(tokens.real) & jnp.asarray(np.arange(back + rows) >= back)[None, None], run, -1),
-        START: cut(start),
-        POSITION: cut(tokens.position),
-        KEY_RUN: cut(jnp.where(tokens.key_known, tokens.run, NOBODY)),
-        VALUE_RUN: cut(jnp.where(tokens.value_known, tokens.run, NOBODY)),
+        QUERY_RUN: jnp.where(windows(tokens.real) & jnp.asarray(np.arange(back + rows) >= back)[None, None], run, -1),
+        START: windows(start),
+        POSITION: windows(tokens.position),
+        KEY_RUN: windows(jnp.where(tokens.key_known, tokens.run, NOBODY)),
+        VALUE_RUN: windows(jnp.where(tokens.value_known, tokens.run, NOBODY)),
         STATE_RUN: jnp.broadcast_to(state_run[..., None], run.shape),
-        FOLD: cut(foldable) & (run == target),
+        FOLD: windows(foldable) & (run == target),
         KEEP: source == target,
     }
     stacked = [jnp.broadcast_to(fields[i], run.shape).astype(jnp.int32) for i in range(FIELDS)]
     return jnp.stack(stacked, axis=2)
 
 
-def _tokens(inputs: Inputs, rows: int, back: int) -> _Tokens:
+def _tokens(inputs: Inputs, rows: int, back: int) -> _TokenFields:
     T = inputs.arrays.q_BTHD.shape[1]
     layout = token_layout(inputs.segment_ids_BT, inputs.initial_state.length_B)
-    of_row = _Tokens(layout.run_BT, layout.position_BT, layout.real_BT, layout.real_BT, layout.real_BT)
+    of_row = _TokenFields(layout.run_BT, layout.position_BT, layout.real_BT, layout.real_BT, layout.real_BT)
     before = _before(inputs, back)
     end = -T % rows
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, end)), constant_values=x.dtype.type(0))  # noqa: E731
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, pad(y)], axis=1), before, of_row)
+
+    def join(before: Array, row: Array) -> Array:
+        return jnp.concatenate([before, jnp.pad(row, ((0, 0), (0, end)))], axis=1)
+
+    return jax.tree.map(join, before, of_row)
 
 
-def _before(inputs: Inputs, back: int) -> _Tokens:
+def _before(inputs: Inputs, back: int) -> _TokenFields:
     """The tokens before the row: those of the initial state, or nothing."""
     B = inputs.arrays.q_BTHD.shape[0]
     zeros, never = jnp.zeros((B, back), jnp.int32), jnp.zeros((B, back), bool)
     if inputs.fresh:
-        return _Tokens(zeros, zeros, never, never, never)
+        return _TokenFields(zeros, zeros, never, never, never)
     context = context_tokens(inputs.initial_state, inputs.options)
-    position = last_slots(context.position_BU, back)
-    known = last_slots(~context.folded_BU, back)
-    return _Tokens(zeros, position, never, known, last_slots(context.position_BU >= 0, back))
+    position = last_slots(context.position_BY, back)
+    known = last_slots(~context.folded_BY, back)
+    return _TokenFields(zeros, position, never, known, last_slots(context.position_BY >= 0, back))
 
 
 def last_slots(x: Array, count: int) -> Array:
@@ -120,7 +129,7 @@ def last_slots(x: Array, count: int) -> Array:
     return jnp.pad(x[:, max(0, x.shape[1] - count) :], ((0, 0), (missing, 0)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _stays_open(inputs: Inputs, tokens: _Tokens, last_run: Array) -> Array:
+def _stays_open(inputs: Inputs, tokens: _TokenFields, last_run: Array) -> Array:
     """Whether a token is in the window of the final state, and so in no state of a later token of its sequence."""
     ends = jnp.where(tokens.real & (tokens.run == last_run), tokens.position + 1, -1)
     length = jnp.max(ends, axis=1)

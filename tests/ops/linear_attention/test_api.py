@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lin_jax.ops.linear_attention import augmented_attention
-from tests.ops.attention_cases import Case, cases, make_case
+from tests.ops.attention_cases import Case, cases, make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -16,12 +16,6 @@ IMPLEMENTATIONS = ["xla", "pallas_tpu", "pallas_gpu"]
 CAUSAL_ONLY = {"pallas_tpu", "pallas_gpu"}
 EVERY = [*IMPLEMENTATIONS, "reference"]
 every = st.sampled_from(EVERY)
-
-
-def relative_error(actual, expected) -> float:
-    """Largest difference over the largest entry."""
-    scale = max(1e-6, float(np.abs(expected).max(initial=0)))
-    return float(np.abs(np.asarray(actual, np.float32) - np.asarray(expected, np.float32)).max(initial=0)) / scale
 
 
 def assert_states_equal(actual, expected, tolerance=1e-5):

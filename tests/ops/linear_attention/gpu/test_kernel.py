@@ -13,8 +13,7 @@ from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
 from lin_jax.ops.linear_attention.inputs import make_inputs
 from lin_jax.plan import cuda
 from tests.ops.ahead import compile_ahead
-from tests.ops.attention_cases import make_case
-from tests.ops.test_augmented_attention import relative_error
+from tests.ops.attention_cases import make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -150,7 +149,7 @@ class TestPlan:
 
 class TestChoice:
     def explained(self, monkeypatch, **options):
-        monkeypatch.setattr(select, "target", lambda: select.Target("gpu", "NVIDIA H100 80GB HBM3"))
+        monkeypatch.setattr(select, "target", lambda: select.TargetDevice("gpu", "NVIDIA H100 80GB HBM3"))
         return make_case(0, **options).explained()
 
     def test_takes_the_kernel_on_a_gpu(self, monkeypatch):
@@ -170,7 +169,7 @@ class TestChoice:
         assert reason in choice.reason
 
     def test_refuses_a_named_kernel_on_another_device(self, monkeypatch):
-        monkeypatch.setattr(select, "target", lambda: select.Target("tpu", "TPU v4"))
+        monkeypatch.setattr(select, "target", lambda: select.TargetDevice("tpu", "TPU v4"))
         with pytest.raises(ValueError, match="pallas_gpu cannot run: it needs a GPU, but the device is TPU v4"):
             make_case(0)("pallas_gpu")
 

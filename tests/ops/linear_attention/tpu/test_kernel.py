@@ -16,8 +16,7 @@ from lin_jax.ops.linear_attention import augmented_attention, select
 from lin_jax.ops.linear_attention.tpu import kernel as pallas_tpu
 from lin_jax.ops.linear_attention.tpu.blocks import table
 from tests.ops.ahead import compile_ahead
-from tests.ops.attention_cases import make_case
-from tests.ops.test_augmented_attention import relative_error
+from tests.ops.attention_cases import make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -156,7 +155,7 @@ def test_under_shard_map():
 
 class TestChoice:
     def explained(self, monkeypatch, platform, kind, **options):
-        monkeypatch.setattr(select, "target", lambda: select.Target(platform, kind))
+        monkeypatch.setattr(select, "target", lambda: select.TargetDevice(platform, kind))
         return make_case(0, **options).explained()
 
     def test_takes_the_kernel_on_a_tpu(self, monkeypatch):
@@ -187,7 +186,7 @@ class TestChoice:
         assert reason in choice.reason
 
     def test_refuses_a_named_kernel_on_another_device(self, monkeypatch):
-        monkeypatch.setattr(select, "target", lambda: select.Target("gpu", "NVIDIA H100"))
+        monkeypatch.setattr(select, "target", lambda: select.TargetDevice("gpu", "NVIDIA H100"))
         with pytest.raises(ValueError, match="pallas_tpu cannot run: it needs a TPU, but the device is NVIDIA H100"):
             make_case(0)("pallas_tpu")
 

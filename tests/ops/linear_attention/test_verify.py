@@ -120,7 +120,7 @@ def test_a_tree_and_what_follows_its_commit(dtype, data, chosen, shape):
     draft = make_draft(data.draw(st.integers(0, 99)), tree, 4 * G, B=B, sizes=sizes, dtype=dtype)
     chosen_B = np.array([data.draw(st.integers(0, tree.nodes - 1)) for _ in range(B)])
     count_B = np.array([data.draw(st.integers(0, tree.depth_M[node] + 1)) for node in chosen_B])
-    path_BP = tree.path_MP[chosen_B]
+    path_BP = tree.path_MQ[chosen_B]
 
     @jax.jit
     def run(draft_row, nodes, length_B, path_BP, count_B):
