@@ -10,6 +10,7 @@ from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes, Scori
 from lin_jax.attentions.whole_row import attend_whole_rows
 from lin_jax.layers.rows import Rows
 from lin_jax.ops.linear_attention.state import Pending
+from lin_jax.ops.softmax_attention.api import softmax_attention
 from lin_jax.ops.softmax_attention.cache import (
     Cache,
     append_to_cache,
@@ -18,7 +19,6 @@ from lin_jax.ops.softmax_attention.cache import (
     extend_softmax,
     verify_softmax,
 )
-from lin_jax.ops.softmax_attention.whole_row import sharded_softmax
 from lin_jax.ops.tree import Tree
 from lin_jax.settings.base import ConfigError, require, setting
 
@@ -49,7 +49,7 @@ class SoftmaxAttention(Attention):
         """Attend in whole rows, see `Attention`."""
         require(memory is None, "attention to the tokens of another sequence is not built yet")
         if scoring is None and self.config.causal:
-            return sharded_softmax(q_BTHD, k_BSKD, v_BSKE, rows.segment_ids_BT, rows.shards)
+            return softmax_attention(q_BTHD, k_BSKD, v_BSKE, rows.segment_ids_BT, shards=rows.shards)
         scoring = scoring or Scoring(q_BTHD.shape[-1] ** -0.5)
         causal = self.config.causal
         return attend_whole_rows(q_BTHD, k_BSKD, v_BSKE, rows, activation="softmax", scoring=scoring, causal=causal)

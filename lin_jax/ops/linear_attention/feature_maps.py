@@ -42,6 +42,9 @@ class MapArrays(NamedTuple):
     key: tuple[Array, ...]
 
 
+NO_ARRAYS = MapArrays((), ())
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureMap:
     """One feature map.

@@ -5,10 +5,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.layout import TokenLayout, token_layout
+from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, NO_ARRAYS, MapArrays
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import Context, context_tokens
 
@@ -40,16 +41,17 @@ def _attend_row(
 ) -> Float[Array, "T H E"]:
     """One row; the fields of `layout` and `context` come without their axis B."""
     H, K, G, R = q_THD.shape[1], k_TKD.shape[1], inputs.options.group_size, inputs.options.local_groups
-    float32 = lambda x: x.astype(jnp.float32)  # noqa: E731
-    per_query_head = lambda x: jnp.repeat(float32(x), H // K, axis=1)  # noqa: E731
+
+    def per_query_head(x: Array) -> Array:
+        return jnp.repeat(x.astype(jnp.float32), H // K, axis=1)
 
     # Every token that may be seen, context first: A of them.
     k_AHD = per_query_head(jnp.concatenate([context.key_BYKD, k_TKD]))
     v_AHE = per_query_head(jnp.concatenate([context.value_BYKE, v_TKE]))
-    q_THD = float32(q_THD)
+    q_THD = q_THD.astype(jnp.float32)
     grouped_q_THP, grouped_k_AHP = q_THD, k_AHD
     if grouped is not None and context.grouped_key_BYKP is not None:
-        grouped_q_THP = float32(grouped[0])
+        grouped_q_THP = grouped[0].astype(jnp.float32)
         grouped_k_AHP = per_query_head(jnp.concatenate([context.grouped_key_BYKP, grouped[1]]))
     phi = inputs.options.inner_map.apply
     state_HPE = jnp.repeat(state_KPE, H // K, axis=0)
@@ -94,3 +96,23 @@ def _attend_row(
         return jnp.where(layout.real_BT[t], y_HE, 0)
 
     return jax.lax.map(token, jnp.arange(q_THD.shape[0]))
+
+
+def attend_memory(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BAKD: Float[Array, "B A K D"],
+    v_BAKE: Float[Array, "B A K E"],
+    real_BA: Bool[Array, "B A"] | None,
+    feature_map: str,
+    features: MapArrays = NO_ARRAYS,
+) -> Float[Array, "B T H E"]:
+    """Return linear attention to a memory by its definition: a weight for every query and real token of the memory."""
+    sharing, phi = q_BTHD.shape[2] // k_BAKD.shape[2], FEATURE_MAPS[feature_map].apply
+    phi_q_BTHP = phi(q_BTHD.astype(jnp.float32), *features.query)
+    phi_k_BAHP = jnp.repeat(phi(k_BAKD.astype(jnp.float32), *features.key), sharing, axis=2)
+    v_BAHE = jnp.repeat(v_BAKE.astype(jnp.float32), sharing, axis=2)
+    weight_BHTA = jnp.einsum("bthp,bahp->bhta", phi_q_BTHP, phi_k_BAHP)
+    if real_BA is not None:
+        weight_BHTA = jnp.where(real_BA[:, None, None], weight_BHTA, 0)
+        v_BAHE = jnp.where(real_BA[..., None, None], v_BAHE, 0)
+    return jnp.einsum("bhta,bahe->bthe", weight_BHTA, v_BAHE).astype(q_BTHD.dtype)

@@ -24,9 +24,9 @@ from lin_jax.ops.activations import ACTIVATIONS
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.linear_attention.inputs import Inputs
 from lin_jax.ops.linear_attention.state import context_tokens
-from lin_jax.ops.linear_attention.toeplitz import toeplitz
 from lin_jax.ops.product import product
 from lin_jax.ops.target import target
+from lin_jax.ops.toeplitz import toeplitz
 
 # Tokens in a chunk. On two CPU cores (H8 D64 G64 W32, T 16384) 256 to 512 were fastest; all groups at once took 1.8
 # times as long, as their weights outgrow the cache. Accelerators need more independent products to be busy; their

@@ -11,32 +11,12 @@ from lin_jax.ops.collectives import whole_rows
 from lin_jax.ops.layout import token_layout
 from lin_jax.ops.product import product
 from lin_jax.ops.shards import Shards
-from lin_jax.ops.softmax_attention.api import softmax_attention
 
 # Queries of a device whose scores for the whole row are in memory at a time.
 QUERIES = 256
 
 # The axes of each array, by which `Shards` splits it. Every device has the bias of all distances.
 AXES = {"q_BTHD": "BTHD", "k_BTKD": "BTKD", "v_BTKE": "BTKE", "segment_ids_BT": "BT", "bias_T": "X"}
-
-
-def sharded_softmax(
-    q_BTHD: Float[Array, "B T H D"],
-    k_BTKD: Float[Array, "B T K D"],
-    v_BTKE: Float[Array, "B T K E"],
-    segment_ids_BT: Int[Array, "B T"] | None,
-    shards: Shards | None,
-) -> Float[Array, "B T H E"]:
-    """`softmax_attention` of arrays that may be split."""
-    if shards is None:
-        return softmax_attention(q_BTHD, k_BTKD, v_BTKE, segment_ids_BT)
-    if shards.parts > 1:
-        scale = q_BTHD.shape[-1] ** -0.5
-        return whole_row_attention(
-            q_BTHD, k_BTKD, v_BTKE, segment_ids_BT, shards, activation="softmax", score_scale=scale
-        )
-    arrays = {"q_BTHD": q_BTHD, "k_BTKD": k_BTKD, "v_BTKE": v_BTKE, "segment_ids_BT": segment_ids_BT}
-    return shards.run(softmax_attention, arrays, AXES, "BTHE", (*q_BTHD.shape[:3], v_BTKE.shape[3]))
 
 
 def whole_row_attention(
@@ -49,8 +29,10 @@ def whole_row_attention(
     activation: str,
     score_scale: float,
     bias_T: Float[Array, " T"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
 ) -> Float[Array, "B T H E"]:
-    """y_t = sum over s <= t of a(score_scale q_t . k_s + bias_{t-s}) v_s, the sum over tokens of the same sequence.
+    """Return y_t = sum over s <= t of a(score_scale q_t . k_s + bias_{t-s}) v_s, over tokens of the same sequence.
 
     Args:
         q_BTHD: queries. H is a multiple of K; query head h uses key/value head h // (H / K).
@@ -60,7 +42,9 @@ def whole_row_attention(
         shards: how the arrays are split over a mesh.
         activation: a: softmax, relu2 or laplace.
         score_scale: factor of q . k.
-        bias_T: added to the score, by distance.
+        bias_T: added to the score, by distance; only if causal.
+        causal: whether a token sees only itself and earlier ones.
+        window: a token sees those at distances below it, on both sides if not causal; None: at all.
     """
 
     def of_part(
@@ -77,7 +61,7 @@ def whole_row_attention(
 
         @jax.checkpoint
         def rows(part: tuple[Array, Array]) -> Array:
-            return _attend(*part, k_BAKD, v_BAKE, ids_BA, activation, score_scale, bias_T)
+            return _attend(*part, k_BAKD, v_BAKE, ids_BA, bias_T, activation, score_scale, causal, window)
 
         y = jnp.moveaxis(jax.lax.map(rows, (split, first)), 0, 1)
         return y.reshape(y.shape[0], parts * chunk, *y.shape[3:])[:, :T]
@@ -92,15 +76,20 @@ def _attend(
     k_BAKD: Array,
     v_BAKE: Array,
     ids_BA: Array | None,
+    bias_A: Array | None,
     activation: str,
     score_scale: float,
-    bias_A: Array | None,
+    causal: bool,
+    window: int | None,
 ) -> Float[Array, "B T H E"]:
-    """Outputs of queries, the first of which is token `first` of the row, for all A tokens of it."""
+    """Return outputs of queries, the first of which is token `first` of the row, for all A tokens of it."""
     (B, T, H, D), (A, K) = q_BTHD.shape, k_BAKD.shape[1:3]
     # Queries behind the end, which fill the last chunk up, are cut off later.
     index_T, index_A = first + jnp.arange(T, dtype=jnp.int32), jnp.arange(A, dtype=jnp.int32)
-    mask_BTA = (index_T[:, None] >= index_A[None])[None]
+    distance_TA = index_T[:, None] - index_A[None]
+    mask_BTA = (distance_TA >= 0 if causal else jnp.ones_like(distance_TA, bool))[None]
+    if window is not None:
+        mask_BTA = mask_BTA & (jnp.abs(distance_TA) < window)[None]
     if ids_BA is not None:
         run_BA = token_layout(ids_BA, jnp.zeros(B, jnp.int32)).run_BT
         mask_BTA = mask_BTA & (jnp.take(run_BA, index_T, axis=1, mode="clip")[:, :, None] == run_BA[:, None])
@@ -113,7 +102,7 @@ def _attend(
 
 
 def _by_distance(bias_A: Float[Array, " A"], first: Array, T: int) -> Float[Array, "T A"]:
-    """Row i, column j is the entry of distance first + i - j; anything where that is negative.
+    """Return a matrix whose row i, column j is the entry of distance first + i - j; anything where that is negative.
 
     Row i is a stretch of one line of entries: the line repeated, and cut one entry shorter, makes all rows.
     """
