@@ -552,13 +552,13 @@ def test_a_model_decodes_trees_exactly(toy_run):
     _, state = model.forward(jnp.asarray(prompt), model.empty_state(1, 64))
     found, pending = model.verify(jnp.asarray(nodes), tree, state)
     for node in range(tree.nodes):
-        path = nodes[:, tree.path_MP[node][: tree.depth_M[node] + 1]]
+        path = nodes[:, tree.path_MQ[node][: tree.depth_M[node] + 1]]
         expected = model.features(jnp.asarray(np.concatenate([prompt, path], axis=1)))[:, -1]
         np.testing.assert_allclose(found[:, node], expected, atol=2e-5)
-    path = jnp.asarray(tree.path_MP[5])[None]
+    path = jnp.asarray(tree.path_MQ[5])[None]
     after = model.commit(state, pending, path, jnp.asarray([3]))
     more, _ = model.forward(jnp.asarray([[9]]), after)
-    text = np.concatenate([prompt, nodes[:, tree.path_MP[5][:3]], [[9]]], axis=1)
+    text = np.concatenate([prompt, nodes[:, tree.path_MQ[5][:3]], [[9]]], axis=1)
     np.testing.assert_allclose(more[:, -1], model.features(jnp.asarray(text))[:, -1], atol=2e-5)
     prompts = ["12 and 13 are", "7 and", "40 and 41 are 81. 40 and"]
     plain, drafted = (

@@ -14,7 +14,7 @@ from etils import epath
 from lin_jax.convert.hub import TOKENIZER_FILES
 from lin_jax.convert.hugging_face import ModelWeights, nested, write_hugging_face
 from lin_jax.convert.medusa import write_heads
-from lin_jax.convert.source import Source
+from lin_jax.convert.source import ModelSource
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.train.saved_model import save_model
@@ -53,7 +53,7 @@ def check_target(directory: epath.PathLike, overwrite: bool) -> None:
     require(ours, f"{target} holds no model, so --overwrite does not remove it: choose another --output")
 
 
-def write_run(directory: Path, source: Source, weights: ModelWeights, target: str) -> None:
+def write_run(directory: Path, source: ModelSource, weights: ModelWeights, target: str) -> None:
     """Write a run of lin_jax to `directory`, which will become `target`."""
     _check_space(directory, weights, None)
     config = dataclasses.replace(source.config, model=weights.config, workdir=target)
@@ -69,7 +69,7 @@ def write_run(directory: Path, source: Source, weights: ModelWeights, target: st
     _write_heads(directory, source)
 
 
-def write_transformers(directory: Path, source: Source, weights: ModelWeights, dtype: str | None) -> None:
+def write_transformers(directory: Path, source: ModelSource, weights: ModelWeights, dtype: str | None) -> None:
     """Write a directory that Hugging Face's library loads; `dtype` None keeps the type of each tensor."""
     _check_space(directory, weights, dtype)
     ends = source.tokenizer.end_ids
@@ -80,7 +80,7 @@ def write_transformers(directory: Path, source: Source, weights: ModelWeights, d
     _write_heads(directory, source)
 
 
-def _write_heads(directory: Path, source: Source) -> None:
+def _write_heads(directory: Path, source: ModelSource) -> None:
     if source.heads is not None:
         write_heads(directory, source.heads)
 

@@ -51,7 +51,7 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that was read.
 
     Attributes:
@@ -72,7 +72,7 @@ class Source:
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_source(given: Input, placement: Placement) -> Source:
+def read_source(given: Input, placement: Placement) -> ModelSource:
     """The model that is meant, of any kind that can be read.
 
     Raises:
@@ -97,7 +97,7 @@ def read_source(given: Input, placement: Placement) -> Source:
     return _source(weights, *_tokenizer_of(path, str(given.tokenizer)))
 
 
-def _read_run(path: Path, given: Input, placement: Placement) -> Source:
+def _read_run(path: Path, given: Input, placement: Placement) -> ModelSource:
     model, tokenizer, config = load_model(str(path), placement.mesh)
     merge_lora(model)
     heads = _heads_beside(path, config.model) if model.medusa is None else model.medusa
@@ -113,7 +113,7 @@ def _read_run(path: Path, given: Input, placement: Placement) -> Source:
     if given.tokenizer is not None:
         tokenizer, files = _tokenizer_of(path, given.tokenizer)
     _require_known_tokens(tokenizer, weights.config, str(files))
-    return Source(weights, _on_its_own(config, str(files)), tokenizer, files, heads, entries)
+    return ModelSource(weights, _on_its_own(config, str(files)), tokenizer, files, heads, entries)
 
 
 def _entries(directory: Path, given: Input) -> Mapping[str, Any]:
@@ -180,10 +180,10 @@ def _tokenizer_of(path: Path, name: str) -> tuple[Tokenizer, Path]:
     return load_tokenizer(DataConfig(tokenizer=name), path), Path(name)
 
 
-def _source(weights: ModelWeights, tokenizer: Tokenizer, files: Path) -> Source:
+def _source(weights: ModelWeights, tokenizer: Tokenizer, files: Path) -> ModelSource:
     _require_known_tokens(tokenizer, weights.config, str(files))
     data = DataConfig(tokenizer=str(files), sequence_length=tokens_in(weights.config, DataConfig().sequence_length))
-    return Source(weights, Config(model=weights.config, data=data), tokenizer, files)
+    return ModelSource(weights, Config(model=weights.config, data=data), tokenizer, files)
 
 
 def _require_known_tokens(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:

@@ -67,7 +67,7 @@ def form_of(inputs: Inputs) -> Form:
     )
 
 
-class Operands(NamedTuple):
+class BlockOperands(NamedTuple):
     """Queries and keys as they are multiplied: after normalisation and feature map. None: the branch has none.
 
     Where `Form.shared` holds, the grouped ones are the local ones.
@@ -297,7 +297,7 @@ class _Weights(NamedTuple):
     total: Array
 
 
-def _weights(form: Form, x: Operands, alpha: Array, masks: Masks, bands: Bands) -> _Weights:
+def _weights(form: Form, x: BlockOperands, alpha: Array, masks: Masks, bands: Bands) -> _Weights:
     score = local = grouped = None
     terms = []
     if x.query is not None and x.key is not None:
@@ -319,7 +319,7 @@ def _weights(form: Form, x: Operands, alpha: Array, masks: Masks, bands: Bands) 
 
 
 def attend(
-    form: Form, x: Operands, value: Array, state: Array | None, alpha: Array, masks: Masks, bands: Bands
+    form: Form, x: BlockOperands, value: Array, state: Array | None, alpha: Array, masks: Masks, bands: Bands
 ) -> Array:
     """Outputs of a block, float32 [rows, E].
 
@@ -353,7 +353,7 @@ def fold_gradients(grouped_key: Array, value: Array, mask: Array | None, state_g
 
 def query_gradients(
     form: Form,
-    x: Operands,
+    x: BlockOperands,
     value: Array,
     state: Array | None,
     alpha: Array,
@@ -382,7 +382,7 @@ def query_gradients(
 
 
 def key_gradients(
-    form: Form, x: Operands, value: Array, alpha: Array, masks: Masks, bands: Bands, y_gradient: Array
+    form: Form, x: BlockOperands, value: Array, alpha: Array, masks: Masks, bands: Bands, y_gradient: Array
 ) -> KeyGradients:
     """The gradients that `attend` gives to the keys and values of its window and to its state."""
     weights, weight_gradient = _weights(form, x, alpha, masks, bands), times_transposed(y_gradient, value)

@@ -86,18 +86,18 @@ def check_state(state, history: list[int], G: int, R: int, W: int) -> None:
 
 
 def check_context(context, history: list[int], G: int, R: int, W: int) -> None:
-    length, U = len(history), max(R * G, W - 1)
+    length, Y = len(history), max(R * G, W - 1)
     start = (length // G - R + 1) * G
-    positions = np.arange(length - U, length)
-    np.testing.assert_array_equal(context.position_BU, positions)
+    positions = np.arange(length - Y, length)
+    np.testing.assert_array_equal(context.position_BY, positions)
     in_window = (positions >= max(start, 0)) & (positions < length)
-    np.testing.assert_array_equal(context.folded_BU, ~in_window)
+    np.testing.assert_array_equal(context.folded_BY, ~in_window)
     keys = [token_at(history, p) if near else 0 for p, near in zip(positions, in_window, strict=True)]
-    np.testing.assert_array_equal(context.key_BUKD[:, 0, 0], keys)
-    np.testing.assert_array_equal(context.grouped_key_BUKP[:, 0, 0], 3 * np.array(keys))
+    np.testing.assert_array_equal(context.key_BYKD[:, 0, 0], keys)
+    np.testing.assert_array_equal(context.grouped_key_BYKP[:, 0, 0], 3 * np.array(keys))
     in_tail = positions >= length - (W - 1)
     values = [2 * token_at(history, p) if known else 0 for p, known in zip(positions, in_window | in_tail, strict=True)]
-    np.testing.assert_array_equal(context.value_BUKE[:, 0, 0], values)
+    np.testing.assert_array_equal(context.value_BYKE[:, 0, 0], values)
 
 
 def test_the_size_does_not_depend_on_the_tokens_before():

@@ -120,29 +120,29 @@ def test_a_tree_and_what_follows_its_commit(dtype, data, chosen, shape):
     draft = make_draft(data.draw(st.integers(0, 99)), tree, 4 * G, B=B, sizes=sizes, dtype=dtype)
     chosen_B = np.array([data.draw(st.integers(0, tree.nodes - 1)) for _ in range(B)])
     count_B = np.array([data.draw(st.integers(0, tree.depth_M[node] + 1)) for node in chosen_B])
-    path_BP = tree.path_MQ[chosen_B]
+    path_BQ = tree.path_MQ[chosen_B]
 
     @jax.jit
-    def run(draft_row, nodes, length_B, path_BP, count_B):
+    def run(draft_row, nodes, length_B, path_BQ, count_B):
         real_BT = jnp.arange(4 * G)[None] < length_B[:, None]
         _, state = op.forward(draft_row, real_BT.astype(jnp.int32))
         y = op.verify(nodes, tree, state)
-        after = commit_path(state, op.pending(nodes), path_BP, count_B, op.record)
+        after = commit_path(state, op.pending(nodes), path_BQ, count_B, op.record)
         return y, op.verify(nodes, tree, after), after.length_B
 
-    first, second, length = run(draft.row, draft.nodes, length_B, path_BP, count_B)
+    first, second, length = run(draft.row, draft.nodes, length_B, path_BQ, count_B)
     np.testing.assert_array_equal(length, length_B + count_B)
     close(first, draft.at_nodes(op.truth(*draft.sequences(length_B)), length_B))
-    longer = behind(draft, length_B, path_BP, count_B)
+    longer = behind(draft, length_B, path_BQ, count_B)
     close(second, longer.at_nodes(op.truth(*longer.sequences(length_B + count_B)), length_B + count_B))
 
 
-def behind(draft: Draft, length_B, path_BP, count_B) -> Draft:
+def behind(draft: Draft, length_B, path_BQ, count_B) -> Draft:
     """The draft whose rows have their committed paths appended."""
-    T, P = next(iter(draft.row.values())).shape[1], path_BP.shape[1]
+    T, P = next(iter(draft.row.values())).shape[1], path_BQ.shape[1]
     index = np.tile(np.arange(T + P) % T, (len(length_B), 1))
     for b, (length, count) in enumerate(zip(length_B, count_B, strict=True)):
-        index[b, length : length + count] = T + path_BP[b, :count]
+        index[b, length : length + count] = T + path_BQ[b, :count]
     joined = {name: jnp.concatenate([x, draft.nodes[name]], axis=1) for name, x in draft.row.items()}
     row = {name: x[np.arange(len(length_B))[:, None], index] for name, x in joined.items()}
     return Draft(row, draft.nodes, draft.tree)
@@ -161,8 +161,8 @@ def test_steps_and_chunks_are_the_forward_pass(dtype, data, chosen):
     @functools.partial(jax.jit, static_argnames="length")
     def verified(tokens, state, length):
         y = op.verify(tokens, chain(length), state)
-        path_BP = jnp.broadcast_to(jnp.arange(length)[None], (2, length))
-        return y, commit_path(state, op.pending(tokens), path_BP, jnp.full(2, length), op.record)
+        path_BQ = jnp.broadcast_to(jnp.arange(length)[None], (2, length))
+        return y, commit_path(state, op.pending(tokens), path_BQ, jnp.full(2, length), op.record)
 
     @functools.partial(jax.jit, static_argnames="length")
     def chunk(tokens, state, length):

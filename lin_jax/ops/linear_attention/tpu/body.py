@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from lin_jax.ops.linear_attention import chunk
-from lin_jax.ops.linear_attention.chunk import Bands, Masks, Operands
+from lin_jax.ops.linear_attention.chunk import Bands, BlockOperands, Masks
 from lin_jax.ops.linear_attention.tpu import window_layout as wl
 from lin_jax.ops.linear_attention.tpu.blocks import TpuPlan
 
@@ -224,7 +224,7 @@ def forward_body(plan: TpuPlan, refs: Refs) -> None:
         window = _window(plan, refs, kp)
         for i in range(kp * s.J, (kp + 1) * s.J):
             query = chunk.operand(plan.form, *_queries(plan, refs, i, lambda x: x))
-            x = Operands(query[0], window.key, query[1], window.grouped_key)
+            x = BlockOperands(query[0], window.key, query[1], window.grouped_key)
             y = chunk.attend(plan.form, x, window.value, window.state, refs["alpha"][i], seen.masks, _bands(refs, i))
             refs["y_out"][0, :, _lanes(i, s.E)] = y.astype(refs["y_out"].dtype)
     _advance(plan, refs, seen)
@@ -261,7 +261,7 @@ def _put_query_gradients(plan: TpuPlan, n: Any, refs: Refs, seen: _Seen, i: int,
     s, keep_inside = plan.sizes, functools.partial(_inside, plan, n)
     given = _queries(plan, refs, i, keep_inside)
     query = chunk.operand(plan.form, *given)
-    x = Operands(query[0], window.key, query[1], window.grouped_key)
+    x = BlockOperands(query[0], window.key, query[1], window.grouped_key)
     y, alpha = keep_inside(refs["y"][0, :, _lanes(i, s.E)]), refs["alpha"][i]
     g = chunk.query_gradients(plan.form, x, window.value, window.state, alpha, seen.masks, _bands(refs, i), y)
     local, grouped = chunk.operand_gradients(plan.form, *given, g.query, g.grouped_query)
@@ -312,7 +312,7 @@ def key_body(plan: TpuPlan, refs: Refs) -> None:
             _add_fold_gradients(plan, refs, seen, kp, operand[1], value, lanes)
         for i in range(kp * s.J, (kp + 1) * s.J):
             query = chunk.operand(plan.form, *_queries(plan, refs, i, functools.partial(_inside, plan, n)))
-            x = Operands(query[0], operand[0], query[1], operand[1])
+            x = BlockOperands(query[0], operand[0], query[1], operand[1])
             _add_key_gradients(plan, n, refs, seen, i, x, value, lanes)
         _put_key_gradients(plan, refs, kp, key, own, lanes)
     for name in _SUMS:
@@ -322,7 +322,14 @@ def key_body(plan: TpuPlan, refs: Refs) -> None:
 
 
 def _add_key_gradients(
-    plan: TpuPlan, n: Any, refs: Refs, seen: _Seen, i: int, x: Operands, value: Array, lanes: tuple[slice, slice, slice]
+    plan: TpuPlan,
+    n: Any,
+    refs: Refs,
+    seen: _Seen,
+    i: int,
+    x: BlockOperands,
+    value: Array,
+    lanes: tuple[slice, slice, slice],
 ) -> None:
     """Adds what one query head gives to its window and to the state before it."""
     y = _inside(plan, n, refs["y"][0, :, _lanes(i, plan.sizes.E)])
