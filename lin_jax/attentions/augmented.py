@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attentions.base import Attention, HeadSizes, LinearizedConfig, OfficialName, Scoring
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.rows import Rows
-from lin_jax.ops.castling import castle
+from lin_jax.ops.castling import castling_sum
 from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, attend
 from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, unit
 from lin_jax.ops.linear_attention.state import AttentionState, Pending, empty_state
@@ -208,7 +208,7 @@ class Mixture:
         else:
             y = jnp.zeros_like(v_BTHE)
         if config.castling:
-            y = castle(v_BTHE, y)
+            y = castling_sum(v_BTHE, y)
         return y if conv_WH is None else y + attend(_Branches(conv_WH=conv_WH))
 
     def _weigh_apart(self, y: Array, attend: Callable[[_Branches], Array]) -> Array:

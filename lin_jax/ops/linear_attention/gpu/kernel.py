@@ -1,7 +1,7 @@
-"""Augmented attention as kernels for NVIDIA GPUs, forward and backward: the calls around `pallas_gpu_body.py`.
+"""Augmented attention as kernels for NVIDIA GPUs, forward and backward: the calls around `body.py`.
 
 Arrays are read and written where they lie, [B, T, H, D], without transposed or padded copies; rows and channels beyond
-their ends are masked. How the work is cut is in `gpu_plan.py`, and what depends on Pallas' Triton lowering, which JAX
+their ends are masked. How the work is cut is in `blocks.py`, and what depends on Pallas' Triton lowering, which JAX
 has deprecated and which runs on A100 and H100 alike, is in `triton.py`.
 """
 

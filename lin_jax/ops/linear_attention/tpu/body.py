@@ -1,4 +1,4 @@
-"""What a program of the TPU kernel does with one block of tokens, see `pallas_tpu.py`.
+"""What a program of the TPU kernel does with one block of tokens, see `kernel.py`.
 
 `refs` are references to vector memory by name: inputs, outputs (ending in `_out`) and what is kept between blocks. `n`
 is the block. Heads are stretches of lanes.
