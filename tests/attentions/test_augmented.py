@@ -107,4 +107,4 @@ def test_what_it_cannot_do_is_told_in_a_line():
     with pytest.raises(ConfigError, match=r"parts, which is no multiple of model\.attention\.group_size=4"):
         AugmentedAttention.check_parts(module.config, 6, "parts")
     with pytest.raises(ConfigError, match="parts, fewer than the 11 that"):
-        AugmentedAttention.check_parts(AugmentedConfig(group_size=4, local_groups=3), 8, "parts")
+        AugmentedAttention.check_parts(AugmentedConfig(group_size=4, local_groups=3, convolution=3), 8, "parts")
