@@ -18,7 +18,7 @@ from flax import nnx
 
 from lin_jax.convert import gpt2, llama
 from lin_jax.convert.conversion import conversion_of
-from lin_jax.convert.flash import config_from_official, from_official, to_official
+from lin_jax.convert.flash import config_from_official, from_official, kernel_of, to_official
 from lin_jax.convert.hugging_face import read_hugging_face
 from lin_jax.convert.medusa import heads_from_official, heads_to_official
 from lin_jax.convert.names import load, to_theirs
@@ -143,26 +143,27 @@ def check_loss_and_gradients(case: Golden, loss, ours: Callable[[], Mapping[str,
 # FLASH.
 
 
+def flash_loss(model, official: Mapping[str, Any], arrays: Mapping[str, np.ndarray]):
+    """The loss as the case defines it, None where it has none, and the logits."""
+    ids, mask, wrapped = jnp.asarray(arrays["ids"]), arrays.get("mask"), official["autoregressive_wrapper"]
+    # The official wrapper reads all but the last token, and cuts a mask that is as long as the whole.
+    read = ids[:, :-1] if wrapped else ids
+    logits = model(read, None if mask is None else jnp.asarray(mask[:, : read.shape[1]], jnp.int32))
+    if wrapped:
+        return cross_entropy(logits, ids[:, 1:]), logits
+    return (loss_of(logits, arrays) if "cotangent" in arrays else None), logits
+
+
 def check_flash(case: Golden) -> None:
     official, arrays, theirs = case.config, case.arrays("in"), case.arrays("param")
-    model = from_official(config_from_official(official), theirs, official["kernel"])
-    for name, array in to_official(model, official["kernel"]).items():
+    kernel = kernel_of(shapes_of(theirs))
+    model = from_official(config_from_official(official), theirs, kernel)
+    for name, array in to_official(model, kernel).items():
         np.testing.assert_array_equal(array, theirs[name])
 
-    def run(model):
-        ids, mask = jnp.asarray(arrays["ids"]), arrays.get("mask")
-        # The official wrapper reads all but the last token, and cuts a mask that is as long as the whole.
-        read = ids[:, :-1] if official["autoregressive_wrapper"] else ids
-        logits = model(read, None if mask is None else jnp.asarray(mask[:, : read.shape[1]], jnp.int32))
-        if official["autoregressive_wrapper"]:
-            return cross_entropy(logits, ids[:, 1:]), logits
-        return (loss_of(logits, arrays) if "cotangent" in arrays else None), logits
-
-    (loss, logits), gradient = loss_and_gradient(model, run)
+    (loss, logits), gradient = loss_and_gradient(model, lambda model: flash_loss(model, official, arrays))
     check_close(logits, case.arrays("out")["logits"])
-    check_loss_and_gradients(
-        case, loss, lambda: to_official(gradient, official["kernel"], parameters_by_path(gradient))
-    )
+    check_loss_and_gradients(case, loss, lambda: to_official(gradient, kernel, parameters_by_path(gradient)))
 
 
 # LLaMA and GPT-2.

@@ -5,14 +5,15 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.attentions.longlora import LongloraConfig
 from lin_jax.attentions.softmax import SoftmaxConfig
 from lin_jax.convert import llama
-from lin_jax.convert.flash import config_from_official
+from lin_jax.convert.flash import config_from_official, from_official, kernel_of, to_official
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.settings.base import ConfigError
 from lin_jax.settings.foreign import Fields
 from tests.official_flags import (
@@ -22,8 +23,17 @@ from tests.official_flags import (
     llama_attention,
     medusa_attention,
 )
+from tests.official_flash import loss_and_gradients
 from tests.official_llama import OfficialLlama
-from tests.test_golden import check_close, check_gradients, load_transformer, loss_and_gradient, loss_of, shapes_of
+from tests.test_golden import (
+    check_close,
+    check_gradients,
+    flash_loss,
+    load_transformer,
+    loss_and_gradient,
+    loss_of,
+    shapes_of,
+)
 
 SWITCHES = ("USE_GLOBAL", "GLOBAL_FACTOR", "LOCAL_FACTOR", "USE_CASTLING", "ADD_CONV", "NORM_GLOBAL")
 LINEAR = {"USE_LINEAR": 1, "GROUP_SIZE": 4, "split": 4}
@@ -170,6 +180,66 @@ OFFICIAL_FLASH = {
     "reduce_group_non_causal_attn": True,
     "rotary_dim": 32,
 }
+
+
+def flash_parameters(official: dict, random: np.random.Generator) -> dict[str, np.ndarray]:
+    C, V, D = official["dim"], official["num_tokens"], official["query_key_dim"]
+    E, heads = int(C * official["expansion_factor"]), 2 if official["softmax"] or official["square"] else 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_emb.weight": (V, C),
+        "abs_pos_emb.scale": (1,),
+        "to_logits.0.weight": (C,),
+        "to_logits.0.bias": (C,),
+        "to_logits.1.weight": (V, C),
+        "to_logits.1.bias": (V,),
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        "rel_pos_bias.relative_attention_bias.weight": (32, 1),
+        "to_hidden.0.weight": (2 * E, C),
+        "to_hidden.0.bias": (2 * E,),
+        "to_qk.0.weight": (D, C),
+        "to_qk.0.bias": (D,),
+        "qk_offset_scale.gamma": (heads, D),
+        "qk_offset_scale.beta": (heads, D),
+        "to_out.weight": (C, E),
+        "to_out.bias": (C,),
+    }
+    layer |= {"norm.g": (1,)} if official["norm_type"] == "scalenorm" else {"norm.weight": (C,), "norm.bias": (C,)}
+    if official["conv"]:
+        layer["dwconv.weight"] = (1, 1, official["kernel"], 1)
+    for index in range(official["depth"]):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    return {name: random.normal(size=shape).astype(np.float32) * 0.5 for name, shape in shapes.items()}
+
+
+@settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
+@given(data=st.data())
+def test_flags_of_flash_with_padding_in_the_wrapper(data):
+    switches = ("causal", "shift_tokens", "laplace_attn_fn", "conv", "castling", "local_", "global_")
+    official = OFFICIAL_FLASH | {name: data.draw(st.booleans(), label=name) for name in switches}
+    official |= {
+        "norm_type": data.draw(st.sampled_from(["scalenorm", "layernorm"])),
+        data.draw(st.sampled_from(["castling", "softmax", "square"])): True,
+        "kernel": data.draw(st.sampled_from([5, 9])) if official["conv"] else None,
+        "group_size": data.draw(st.sampled_from([3, 4])),
+    }
+    # The official code has no model without both.
+    official["local_"] |= not official["global_"]
+    tokens = data.draw(st.integers(5, 10), label="tokens")
+    padding = data.draw(st.lists(st.booleans(), min_size=2 * tokens, max_size=2 * tokens), label="mask")
+    random = np.random.default_rng(tokens)
+    theirs, ids = flash_parameters(official, random), random.integers(11, size=(2, tokens + 1))
+    mask = np.array(padding).reshape(2, tokens)
+    loss, logits, gradients = loss_and_gradients(theirs, ids, mask, official)
+    # A mask as long as the ids is cut as they are.
+    longer = np.pad(mask, ((0, 0), (0, data.draw(st.integers(0, 1)))), constant_values=True)
+    arrays, wrapped = {"ids": ids, "mask": longer}, official | {"autoregressive_wrapper": True}
+    kernel = kernel_of(shapes_of(theirs))
+    model = from_official(config_from_official(official), theirs, kernel)
+    (our_loss, our_logits), gradient = loss_and_gradient(model, lambda model: flash_loss(model, wrapped, arrays))
+    check_close(our_logits, logits)
+    assert abs(float(our_loss) - loss) < 1e-5 * max(1.0, loss)
+    check_gradients(to_official(gradient, kernel, parameters_by_path(gradient)), gradients)
 
 
 def test_flash_refuses_a_grouped_branch_that_sees_its_own_group_alone():

@@ -200,7 +200,8 @@ class Mixture:
         split = config.normalise_grouped or self.local_factor is not None
         if not (split or config.castling or operands.convolved_v is not None):
             return attend(_Branches(config.local, config.grouped, self.alpha, conv_WH))
-        v_BTHE = _per_query_head(operands.v, operands.q)
+        # Castling adds the values that the convolution sees, in the official code those of padding too.
+        v_BTHE = _per_query_head(operands.v if operands.convolved_v is None else operands.convolved_v, operands.q)
         if split:
             y = self._weigh_apart(jnp.zeros_like(v_BTHE), attend)
         elif config.local != "none" or config.grouped:
