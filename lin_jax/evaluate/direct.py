@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.ops.tree import Tree, chain
 
@@ -39,6 +40,10 @@ class DirectIntegration(Decoder):
         """As the model."""
         self.model.check_decodable(capacity)
 
+    def begin(self, tokens_BT: Array, segment_ids_BT: Array | None, partition: Partition = WHOLE) -> tuple[Any, ...]:
+        """As the model."""
+        return self.model.begin(tokens_BT, segment_ids_BT, partition)
+
     def embed(self, tokens_BT: Array, position_BT: Array) -> tuple[Array, tuple[Any, ...]]:
         """As the model."""
         return self.model.embed(tokens_BT, position_BT)
@@ -66,7 +71,10 @@ class DirectIntegration(Decoder):
         tokens = tokens_BM[:, paths_LP].reshape(-1, self.tree.height)
         x, pending = self.model.verify(tokens, chain(self.tree.height), self._inner(state))
         leaf_M = np.argmax(self.tree.ancestor_MM[self.tree.leaves], axis=0)
-        by_node = lambda x: x.reshape(-1, self.candidates, *x.shape[1:])[:, leaf_M, self.tree.depth_M]  # noqa: E731
+
+        def by_node(x: Array) -> Array:
+            return x.reshape(-1, self.candidates, *x.shape[1:])[:, leaf_M, self.tree.depth_M]
+
         return by_node(x), jax.tree.map(by_node, pending)
 
     def commit(self, state: DecoderState, pending: tuple[Any, ...], path_BP: Array, count_B: Array) -> DecoderState:
