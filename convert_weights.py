@@ -5,7 +5,6 @@ run of lin_jax, a file of llama2.c, or a state dict of the official FLASH. Any -
 model, such as --config.model.attention.group_size=64.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ from pathlib import Path
 from lin_jax.attentions.registry import preset_names
 from lin_jax.convert.program import convert
 from lin_jax.experiment import ConfigError
+from lin_jax.settings.command_line import OneLineParser
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The arguments of the program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def make_parser() -> OneLineParser:
+    """Return the parser of the program's arguments."""
+    parser = OneLineParser(__doc__)
     parser.add_argument("--input", required=True, metavar="MODEL", help="the model that is read")
     parser.add_argument("--output", required=True, metavar="DIR", help="the directory that is made")
     parser.add_argument(
@@ -44,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
-    known, overrides = make_parser().parse_known_args(arguments)
-    settings = {name: value for name, value in vars(known).items() if name not in ("input", "output")}
     try:
+        known, overrides = make_parser().parse_with_settings(arguments)
+        settings = {name: value for name, value in vars(known).items() if name not in ("input", "output")}
         convert(known.input, known.output, overrides=overrides, **settings)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
     try:
-        known, overrides = make_parser(__doc__).parse_known_args(arguments)
+        known, overrides = make_parser(__doc__).parse_with_settings(arguments)
         task, name = TASKS[known.task]
         text, record = task(known, overrides)
         output = epath.Path(known.output or epath.Path(known.checkpoint) / name)

@@ -18,16 +18,15 @@ from lin_jax.train.stop import ProgramStop, StopRequest
 def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Run the program; returns its exit code."""
     # Imported here because it takes seconds, in which signals are answered already.
-    from lin_jax.experiment import ConfigError
+    from lin_jax.experiment import ConfigError, config_parser, load_config
     from lin_jax.plan import plan, prepare_plan
-    from lin_jax.settings.command_line import config_parser, load_config
     from lin_jax.train.distributed import joined, only_first
     from lin_jax.train.loop import show_sharding, train
 
     for library in ("absl", "asyncio"):  # The loop reports what fails, in one line; these add pages of tracebacks.
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        known, overrides = config_parser(__doc__).parse_known_args(arguments)
+        known, overrides = config_parser(__doc__).parse_with_settings(arguments)
         config = load_config(known.config, overrides)
         if config.plan:
             prepare_plan(config)

@@ -102,7 +102,7 @@ def compare(name: str, heads: Path, prompts: Path, options: argparse.Namespace) 
         *("eval.py", "--task", "speculative", "--checkpoint", str(heads)),
         *("--output", str(options.output / f"{name}_{prompts.parent.name}.json")),
         *("--prompts", str(prompts), "--longest", "24"),
-        *("--limit", str(options.prompts), "--max-new-tokens", str(options.length), "--batch-size", "1", "--split"),
+        *("--limit", str(options.prompts), "--max_new_tokens", str(options.length), "--batch_size", "1", "--split"),
         *("--methods", *options.methods, "--tree", str(heads / "tree.json")),
     ]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -1,6 +1,8 @@
 """An experiment: all settings of a run, in one frozen dataclass."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from lin_jax.attentions.augmented import AugmentedConfig as AugmentedConfig
 from lin_jax.attentions.base import AttentionConfig as AttentionConfig
@@ -16,9 +18,12 @@ from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
 from lin_jax.models.llama import LlamaConfig as LlamaConfig
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import ConfigError as ConfigError
-from lin_jax.settings.base import require, section, setting, variants
+from lin_jax.settings.base import require, require_paths, section, setting, variants
 from lin_jax.settings.checkpoint import CheckpointConfig as CheckpointConfig
+from lin_jax.settings.command_line import OneLineParser, apply_overrides, describe
+from lin_jax.settings.config_file import call_get_config
 from lin_jax.settings.data import DataConfig as DataConfig
+from lin_jax.settings.dictionaries import section_from_dict
 from lin_jax.settings.distributed import DistributedConfig as DistributedConfig
 from lin_jax.settings.finetune import FinetuneConfig as FinetuneConfig
 from lin_jax.settings.finetune import LoraConfig as LoraConfig
@@ -29,8 +34,8 @@ from lin_jax.settings.medusa import MedusaConfig as MedusaConfig
 from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
-from lin_jax.settings.typed import Settings
-from lin_jax.tasks.registry import task_of
+from lin_jax.settings.typed import Settings, shown
+from lin_jax.tasks.registry import TASKS, task_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,13 @@ class Config(Settings):
     )
 
     def _check(self) -> None:
+        require_paths(self, "workdir")
+        require(bool(self.workdir), "workdir is empty: give a directory")
+        objective = self.finetune.objective
+        require(
+            objective in TASKS,
+            f"finetune.objective must be one of {', '.join(TASKS)}, but is {shown(objective)}",
+        )
         require(
             not self.plan or is_plan(self.plan),
             f"plan must look like cpu:8, h100:8, v5e:8x8, v5p:4x4x4 or 2*v5e:8x8, but is {self.plan}",
@@ -82,3 +94,36 @@ class Config(Settings):
             self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be smaller than train.steps={self.train.steps}",
         )
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the settings of a Python file, with those of the command line.
+
+    Args:
+        path: a file with a `get_config()` that returns a `Config`; `file.py:text` calls `get_config("text")`.
+        overrides: see `apply_overrides`.
+
+    Raises:
+        ConfigError: the file, a field or a value is wrong; the message names it.
+    """
+    config = call_get_config(path)
+    require(
+        isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}"
+    )
+    return apply_overrides(config, overrides)
+
+
+def config_from_dict(values: Any) -> Config:
+    """Return the settings of a run as `section_to_dict` saved them, also by an earlier version; raise `ConfigError`."""
+    return section_from_dict(values, Config, "config")
+
+
+def config_parser(description: str | None) -> OneLineParser:
+    """Return a parser with `--config`, whose `--help` lists every setting."""
+    parser = OneLineParser(
+        description, epilog="settings, with their defaults before the file is read:\n\n" + describe(Config())
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:TEXT]", help="Python file with get_config(); TEXT is its argument"
+    )
+    return parser

@@ -115,7 +115,7 @@ def test_eval_of_the_validation_text(run, capsys):
 TRAIN_ERRORS = {
     "config.train.stepz": ["--config.train.stepz=3"],
     "did you mean steps": ["--config.train.stepz=3"],
-    "expects a whole number": ["--config.train.steps=many"],
+    "must be a whole number": ["--config.train.steps=many"],
     "group_size must be greater than 0": ["--config.model.attention.group_size=0"],
     "absent.txt": ["--config.data.path=absent.txt"],
     "empty": ["--config.data.path={}/empty.txt"],

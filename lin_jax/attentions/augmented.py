@@ -39,11 +39,13 @@ class AugmentedConfig(LinearizedConfig):
     feature_map: str = setting(
         "identity", f"what the grouped branch does to its queries and keys: {', '.join(FEATURE_MAPS)}"
     )
-    feature_size: int = setting(256, "width of the random feature maps favor and fourier; even for fourier")
-    convolution: int = setting(32, "taps W of the causal depthwise convolution of the values; 0 turns it off")
+    feature_size: int = setting(256, "width of the random feature maps favor and fourier; even for fourier", most=2**16)
+    convolution: int = setting(
+        32, "taps W of the causal depthwise convolution of the values; 0 turns it off", most=2**12
+    )
     castling: bool = setting(False, "Castling-ViT's normalised sum of values and attention, instead of plain attention")
-    group_size: int = setting(256, "tokens G in a group")
-    local_groups: int = setting(1, "groups R in the local window; 1 is the paper's")
+    group_size: int = setting(256, "tokens G in a group", most=2**20)
+    local_groups: int = setting(1, "groups R in the local window; 1 is the paper's", most=2**12)
     implementation: Implementation | None = setting(None, "which form computes it; None chooses by device and shape")
     grouped_weight: Literal["learned", "one"] = setting(
         "learned",
@@ -57,8 +59,8 @@ class AugmentedConfig(LinearizedConfig):
         False, "divide each head's grouped output by its norm, as the official NORM_GLOBAL does (not FLASH)"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         require_positive(self, "group_size", "local_groups", "feature_size")
         require_at_least_zero(self, "convolution")
         require(

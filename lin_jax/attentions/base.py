@@ -14,16 +14,26 @@ from jaxtyping import Array, Float, Int
 from lin_jax.layers.rows import Rows
 from lin_jax.ops.tree import Tree
 from lin_jax.settings.base import ConfigError, require, setting
+from lin_jax.settings.typed import Settings
 
 NOT_CAUSAL = "attention.causal=false predicts no next token, so that nothing can be generated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(Settings):
     """What all kinds of attention have. `kind` names the entry of the registry."""
 
     kind: str
     causal: bool = setting(True, "whether a token sees only itself and earlier ones")
+
+    # Settings that were saved when all kinds had the same fields hold those of the other kinds too.
+    former: ClassVar[Mapping[str, str | None]] = dict.fromkeys(
+        (
+            *("local", "grouped", "feature_map", "feature_size", "convolution", "castling", "group_size"),
+            *("local_groups", "implementation", "softmax_layers", "grouped_weight", "local_weight"),
+            *("normalise_grouped", "longlora_split", "longlora_shift"),
+        )
+    )
 
     def kinds(self, depth: int) -> Sequence[str]:
         """Return the kind of each of `depth` layers."""
@@ -36,7 +46,7 @@ class LinearizedConfig(AttentionConfig):
 
     softmax_layers: tuple[int, ...] = setting((), "layers, counted from 0, that keep softmax attention (not FLASH)")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         repeated = len(set(self.softmax_layers)) < len(self.softmax_layers)
         require(
             not repeated and all(layer >= 0 for layer in self.softmax_layers),

@@ -1,6 +1,7 @@
 """LongLoRA's attention: softmax inside groups, shifted by half a group for half of the heads (Chen et al., 2023)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Float
@@ -18,15 +19,21 @@ class LongloraConfig(LinearizedConfig):
     kind: Literal["longlora"] = setting(
         "longlora", "softmax attention inside groups, which half of the heads see shifted by half a group"
     )
-    split: int = setting(4, "groups in a row")
+    split: int = setting(4, "groups in a row", most=2**20)
     shift: Literal["causal", "released"] = setting(
         "causal",
         "causal: the first half group of shifted heads sees only itself; released: the official code, in which it "
         "wraps around to the end of the row and sees the future",
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    former: ClassVar[Mapping[str, str | None]] = {
+        **LinearizedConfig.former,
+        "longlora_split": "split",
+        "longlora_shift": "shift",
+    }
+
+    def _check(self) -> None:
+        super()._check()
         require_positive(self, "split")
 
 

@@ -1,12 +1,12 @@
 """What the config.json files of all architectures have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from lin_jax.attentions.base import AttentionConfig
 from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.attentions.softmax import SoftmaxConfig
-from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.settings.dictionaries import section_from_dict, section_to_dict
 from lin_jax.settings.foreign import Fields
 
 # Our key in a config.json: which attention the tensors were trained with. Other programs pass over it.
@@ -18,13 +18,9 @@ WRITTEN = (KEY, "dtype", "torch_dtype")
 def attention_from(fields: Fields, official: AttentionConfig | None) -> AttentionConfig:
     """The attention under our key; else what the names of the tensors tell; else softmax."""
     if KEY in fields:
-        return attention_from_dict(fields.section(KEY).get("attention", dict), f"{fields.place}: {KEY}.attention")
+        values = fields.section(KEY).get("attention", dict)
+        return section_from_dict(values, ATTENTIONS, f"{fields.place}: {KEY}.attention", "augmented")
     return official or SoftmaxConfig()
-
-
-def attention_from_dict(values: Mapping[str, Any], name: str) -> AttentionConfig:
-    """Return settings of the kind that `values` name; raises `ConfigError`, which calls them `name`."""
-    return config_from_dict(dict(values), ATTENTIONS[str(values.get("kind", "augmented"))].settings, name)
 
 
 def attention_to(attention: AttentionConfig) -> dict[str, Any]:
@@ -32,7 +28,7 @@ def attention_to(attention: AttentionConfig) -> dict[str, Any]:
     if attention.kind == "softmax":
         return {}
     # The form that computes it belongs to a machine, not to a checkpoint.
-    values = config_to_dict(attention)
+    values = section_to_dict(attention)
     return {KEY: {"attention": {name: value for name, value in values.items() if name != "implementation"}}}
 
 

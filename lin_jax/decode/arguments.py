@@ -14,11 +14,9 @@ from lin_jax.settings.typed import annotations_of
 _GROUPS = {"how texts are continued": GenerateConfig, "how the next token is chosen": SamplingConfig}
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The parser; its errors are raised as `ConfigError`."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def make_parser(description: str | None) -> OneLineParser:
+    """Return the parser of its arguments."""
+    parser = OneLineParser(description)
     parser.add_argument(
         "--checkpoint",
         required=True,

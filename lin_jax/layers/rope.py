@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.settings.base import require, require_positive, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
+class RopeConfig(Settings):
     """Rotary positions and their scaling, with the meaning that Hugging Face gives to each."""
 
     theta: float = setting(10000.0, "base of the wavelengths")
@@ -26,7 +27,7 @@ class RopeConfig:
     high_frequency_factor: float = setting(4.0, "scaling=llama3: wavelengths below original_positions / this are kept")
     original_positions: int = setting(8192, "scaling=llama3: positions of pretraining")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "theta", "low_frequency_factor", "original_positions")
         require(self.factor >= 1, f"factor must be 1 or more, but is {self.factor}")
         require(

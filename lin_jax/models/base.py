@@ -18,10 +18,11 @@ from lin_jax.layers.rows import Rows
 from lin_jax.layers.stack import each_layer, run_layers, unstack_layers
 from lin_jax.ops.tree import Tree
 from lin_jax.settings.base import DTYPE_DOC, REMAT_DOC, require, setting
+from lin_jax.settings.typed import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """What the settings of all models have. `architecture` names the entry of the registry.
 
     Attributes:
@@ -31,9 +32,9 @@ class ModelConfig:
     """
 
     architecture: str
-    vocabulary_size: int = setting(32000, "tokens V that the model knows")
-    width: int = setting(512, "model width C")
-    depth: int = setting(8, "layers L")
+    vocabulary_size: int = setting(32000, "tokens V that the model knows", most=2**24)
+    width: int = setting(512, "model width C", most=2**20)
+    depth: int = setting(8, "layers L", most=2**12)
     attention: AttentionConfig
     dtype: Literal["float32", "bfloat16"] = setting("float32", DTYPE_DOC)
     remat: Literal["none", "full", "dots"] = setting("none", REMAT_DOC)

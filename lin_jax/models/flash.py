@@ -32,16 +32,16 @@ class FlashConfig(ModelConfig):
     """A FLASH language model: gated attention units, no separate feed-forward layers."""
 
     architecture: Literal["flash"] = setting("flash", "which model these settings are of")
-    vocabulary_size: int = setting(50257, "tokens V that the model knows")
-    width: int = setting(768, "model width C")
-    depth: int = setting(24, "layers L")
-    query_key_size: int = setting(128, "query/key size D, shared by all layers' single head")
-    expansion: float = setting(2.0, "value size E as a multiple of the width")
+    vocabulary_size: int = setting(50257, "tokens V that the model knows", most=2**24)
+    width: int = setting(768, "model width C", most=2**20)
+    depth: int = setting(24, "layers L", most=2**12)
+    query_key_size: int = setting(128, "query/key size D, shared by all layers' single head", most=2**16)
+    expansion: float = setting(2.0, "value size E as a multiple of the width", most=64)
     norm: Literal["scalenorm", "layernorm"] = setting("scalenorm", "normalisation before each layer")
     token_shift: bool = setting(True, "delay half of the channels by one token before each layer")
-    rotary_size: int = setting(32, "channels of queries and keys that are rotated by position")
-    bias_buckets: int = setting(32, "buckets of the T5 relative position bias")
-    bias_max_distance: int = setting(128, "distance from which on all positions share the last bucket")
+    rotary_size: int = setting(32, "channels of queries and keys that are rotated by position", most=2**16)
+    bias_buckets: int = setting(32, "buckets of the T5 relative position bias", most=2**16)
+    bias_max_distance: int = setting(128, "distance from which on all positions share the last bucket", most=2**24)
     attention: AttentionConfig = variants(AugmentedConfig, ATTENTIONS, "the attention of every layer")
     padding: Literal["exact", "released"] = setting(
         "exact",
@@ -56,7 +56,7 @@ class FlashConfig(ModelConfig):
 
     free: ClassVar[tuple[str, ...]] = (*ModelConfig.free, "padding", "score_scale")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "vocabulary_size", "width", "depth", "query_key_size", "expansion", "bias_max_distance")
         require_at_least_zero(self, "rotary_size")
         require(self.width % 2 == 0, f"width must be even (sine and cosine halves), but is {self.width}")

@@ -35,20 +35,20 @@ class Gpt2Config(ModelConfig):
     """A GPT-2, with its softmax attention or a linearized one; the defaults are those of the 124M model."""
 
     architecture: Literal["gpt2"] = setting("gpt2", "which model these settings are of")
-    vocabulary_size: int = setting(50257, "tokens V that the model knows")
-    width: int = setting(768, "model width C, a multiple of heads")
-    depth: int = setting(12, "layers L")
-    heads: int = setting(12, "heads H")
-    feed_forward_size: int = setting(3072, "feed-forward width F")
-    positions: int = setting(1024, "learned positions, and so tokens in the longest row")
+    vocabulary_size: int = setting(50257, "tokens V that the model knows", most=2**24)
+    width: int = setting(768, "model width C, a multiple of heads", most=2**20)
+    depth: int = setting(12, "layers L", most=2**12)
+    heads: int = setting(12, "heads H", most=2**12)
+    feed_forward_size: int = setting(3072, "feed-forward width F", most=2**22)
+    positions: int = setting(1024, "learned positions, and so tokens in the longest row", most=2**24)
     norm_epsilon: float = setting(1e-5, "added to the variance in norms")
     tie_embeddings: bool = setting(True, "the head shares the embedding's matrix")
-    labels: int = setting(0, "classes of a sequence-classification head; 0: the model has none")
+    labels: int = setting(0, "classes of a sequence-classification head; 0: the model has none", most=2**20)
     attention: AttentionConfig = variants(paper_attention, ATTENTIONS, "the attention of every layer")
 
     free: ClassVar[tuple[str, ...]] = (*ModelConfig.free, "positions")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "vocabulary_size", "width", "depth", "heads", "feed_forward_size", "positions")
         require_positive(self, "norm_epsilon")
         require_at_least_zero(self, "labels")

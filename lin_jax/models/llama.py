@@ -35,13 +35,13 @@ class LlamaConfig(ModelConfig):
     """A LLaMA 1, 2 or 3, with its softmax attention or a linearized one; the defaults are LLaMA-2-7B's."""
 
     architecture: Literal["llama"] = setting("llama", "which model these settings are of")
-    vocabulary_size: int = setting(32000, "tokens V that the model knows")
-    width: int = setting(4096, "model width C")
-    depth: int = setting(32, "layers L")
-    heads: int = setting(32, "query heads H")
-    key_value_heads: int = setting(32, "key/value heads K, a divisor of heads")
-    head_size: int = setting(128, "query/key and value size D of a head")
-    feed_forward_size: int = setting(11008, "feed-forward width F")
+    vocabulary_size: int = setting(32000, "tokens V that the model knows", most=2**24)
+    width: int = setting(4096, "model width C", most=2**20)
+    depth: int = setting(32, "layers L", most=2**12)
+    heads: int = setting(32, "query heads H", most=2**12)
+    key_value_heads: int = setting(32, "key/value heads K, a divisor of heads", most=2**12)
+    head_size: int = setting(128, "query/key and value size D of a head", most=2**16)
+    feed_forward_size: int = setting(11008, "feed-forward width F", most=2**22)
     positions: int = setting(4096, "tokens in the longest sequence of pretraining; only rope.scaling=dynamic reads it")
     norm_epsilon: float = setting(1e-5, "added to the mean square in norms")
     rope: RopeConfig = section(RopeConfig, "rotary positions")
@@ -52,7 +52,7 @@ class LlamaConfig(ModelConfig):
 
     free: ClassVar[tuple[str, ...]] = (*ModelConfig.free, "rope", "positions")
 
-    def __post_init__(self):
+    def _check(self) -> None:
         require_positive(self, "vocabulary_size", "width", "depth", "heads", "key_value_heads", "head_size")
         require_positive(self, "feed_forward_size", "positions", "norm_epsilon")
         require(

@@ -4,14 +4,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+# Characters of a message.
+_LONGEST = 2000
+
 
 class ConfigError(ValueError):
     """A setting or an input that the user has to change; its message is one line that names it and says how."""
 
     def __init__(self, message: str):
-        """Take a message, whose line breaks and other characters that do not print are written as escapes."""
+        """Take a message; characters that do not print become escapes, and one of many pages is cut."""
         # What names the input may be anybody's text: a path, a key of a file, a library's error.
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        cut = message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut))
 
 
 def first_line(error: BaseException) -> str:
@@ -65,6 +69,14 @@ def require_at_least_zero(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value >= 0, f"{name} must be 0 or more, but is {value}")
+
+
+def require_paths(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields `names` of a section, texts or tuples of them, can be paths or names."""
+    for name in names:
+        value = getattr(config, name)
+        texts = value if isinstance(value, tuple) else (value or "",)
+        require(not any("\0" in text for text in texts), f"{name} must not hold a NUL character, but is {value!r}")
 
 
 # Documentation of settings that every model has.

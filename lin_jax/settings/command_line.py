@@ -1,227 +1,225 @@
-"""Settings from a file and the command line: `--config configs/x.py --config.optimizer.peak_learning_rate=1e-4`.
+"""Settings on the command line: `--config.optimizer.peak_learning_rate=1e-4 --config.model.attention.kind=softmax`.
 
-All overrides are collected first and every dataclass is then rebuilt once, so the order in which they are given does
-not matter and only the final settings have to agree with each other.
+All that is given is collected first and every section is then made once, so the order does not matter and only the
+final settings have to agree with each other.
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
-import difflib
-import json
-import math
-import re
+import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from lin_jax.experiment import Config
 from lin_jax.settings.base import ConfigError, require
-from lin_jax.settings.config_file import call_get_config
-from lin_jax.settings.typed import annotations_of
+from lin_jax.settings.registry import Registry
+from lin_jax.settings.sections import (
+    default_of,
+    find_field,
+    make_section,
+    nearest,
+    presets_of,
+    registry_of,
+    settings_of,
+)
+from lin_jax.settings.typed import annotations_of, shown, type_name
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+Section = TypeVar("Section")
+_PREFIX = "--config."
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a Python file, with overrides from the command line.
+@dataclasses.dataclass
+class _Given:
+    """What a command line gives for a field, without a value None, and for the fields in it."""
+
+    texts: list[str | None] = dataclasses.field(default_factory=list)
+    fields: dict[str, "_Given"] = dataclasses.field(default_factory=dict)
+
+
+def apply_overrides(config: Section, overrides: Sequence[str]) -> Section:
+    """Return a copy of a section with what the command line gives.
 
     Args:
-        path: a file with a `get_config()` that returns a `Config`; `file.py:text` calls `get_config("text")`.
-        overrides: `--config.section.field=value`; a bool may be given as `--config.field` alone.
+        config: the settings before.
+        overrides: `--config.section.field=value`; a bool may be given as `--config.field` alone. Where a section can
+            be one of several (`variants`), its field that says which, or the name of a preset in the section's place,
+            puts another there; it keeps the values of the fields that both have.
 
     Raises:
-        ConfigError: the file, a field or a value is wrong; the message names it.
+        ConfigError: there is no such field, or a value does not suit it.
     """
-    config = call_get_config(path)
-    require(
-        isinstance(config, Config), f"get_config() of {path} must return a Config, but gives {type(config).__name__}"
-    )
-    return apply_overrides(config, overrides)
-
-
-def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A copy of `config` with `--config.section.field=value` strings applied; raises `ConfigError`."""
-    changes: dict[str, Any] = {}
+    given = _Given()
     for override in overrides:
-        _collect(config, override, changes)
-    return _rebuild(config, changes, "config")
+        require(
+            override.startswith(_PREFIX), f"unexpected argument {override!r}; settings are {_PREFIX}section.field=value"
+        )
+        path, has_value, text = override.removeprefix(_PREFIX).partition("=")
+        place = given
+        for key in path.split("."):
+            place = place.fields.setdefault(key, _Given())
+        place.texts.append(text if has_value else None)
+    return _changed(type(config), _values(config), given.fields, "config")
 
 
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain nested dictionaries that JSON can hold."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _values(section: Any) -> dict[str, Any]:
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
 
-def config_from_dict(values: dict[str, Any], kind: type = Config, name: str = "config") -> Any:
-    """The inverse of `config_to_dict`; raises `ConfigError` for a field that does not exist or fit."""
-    annotations = annotations_of(kind)
-    fields = {}
-    for key, value in values.items():
-        require(key in annotations, f"unknown field {name}.{key}{_nearest(key, annotations)}")
-        annotation = annotations[key]
-        registry = _metadata(kind, key).get("registry")
-        if registry is not None:
-            default = _default(kind, key)
-            annotation = registry[value.get(registry.field, getattr(default, registry.field))].settings
-        if dataclasses.is_dataclass(annotation):
-            fields[key] = config_from_dict(value, typing.cast(type, annotation), f"{name}.{key}")
-        else:
-            fields[key] = tuple(value) if isinstance(value, list) else value
-    return _build(lambda: kind(**fields), kind, name)
+def _changed(kind: Any, values: dict[str, Any], given: dict[str, _Given], name: str) -> Any:
+    """Return the section of a kind with these values, but for the fields that are given."""
+    for key, inner in given.items():
+        field = find_field(kind, key, name)
+        old = values[key] if key in values else default_of(field)
+        values[key] = _value(field, annotations_of(kind)[key], old, inner, f"{name}.{key}")
+    return make_section(kind, values, name)
 
 
-def _metadata(kind: Any, key: str) -> Any:
-    return {field.name: field.metadata for field in dataclasses.fields(kind)}.get(key, {})
+def _value(field: Any, annotation: Any, old: Any, given: _Given, name: str) -> Any:
+    registry = registry_of(field)
+    if registry is not None:
+        return _variant(registry, old, default_of(field), given, name)
+    if dataclasses.is_dataclass(old):
+        require(not given.texts, f"{name} is a section: set its fields, --{name}.field=value")
+        return _changed(type(old), _values(old), given.fields, name)
+    return _parse(_text(given, annotation, name), annotation, name)
 
 
-def _default(kind: Any, key: str) -> Any:
-    return next(typing.cast(Any, field).default_factory() for field in dataclasses.fields(kind) if field.name == key)
+def _text(given: _Given, annotation: Any, name: str) -> str:
+    """Return the text that is given for a field that is no section; it was given last."""
+    require(not given.fields, f"{name} is not a section")
+    text = given.texts[-1]
+    if text is not None:
+        return text
+    require(annotation is bool, f"{name} needs a value ({type_name(annotation)}): --{name}=VALUE")
+    return "true"
 
 
-def config_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config`, whose `--help` lists every setting; its errors are raised as `ConfigError`."""
-    parser = OneLineParser(
-        description=description,
-        epilog="settings, with their defaults before the file is read:\n\n" + describe(Config()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:TEXT]", help="Python file with get_config(); TEXT is its argument"
-    )
-    return parser
+def _variant(registry: Registry[Any], old: Any, default: Any, given: _Given, name: str) -> Any:
+    """Return a section that is one of several, with what is given; what both have is kept where it becomes another."""
+    variant: str = getattr(old, registry.field)
+    preset: dict[str, Any] = {}
+    if given.texts:
+        variant, preset = _preset(registry, given.texts[-1], name)
+    if registry.field in given.fields:
+        before, variant = variant, _text(given.fields[registry.field], str, f"{name}.{registry.field}")
+        told = f"{name} names one with {registry.field}={before}, but {name}.{registry.field} is {variant}"
+        require(not given.texts or variant == before, told)
+    kind = settings_of(registry, variant, name)
+    fields = {key: inner for key, inner in given.fields.items() if key != registry.field}
+    _require_fields(registry, kind, variant, fields, name)
+    values = _values(old) if variant == getattr(old, registry.field) else _switched(kind, old, default)
+    return _changed(kind, {**values, registry.field: variant, **preset}, fields, name)
+
+
+def _switched(kind: Any, old: Any, default: Any) -> dict[str, Any]:
+    """Return the values with which a section becomes another kind: its own where it has the field, else the default."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    own = {key: value for key, value in _values(old).items() if key in known}
+    return {**(_values(default) if type(default) is kind else {}), **own}
+
+
+def _preset(registry: Registry[Any], text: str | None, name: str) -> tuple[str, dict[str, Any]]:
+    presets = presets_of(registry)
+    known = f"one of {', '.join(presets)}"
+    if text is None:
+        raise ConfigError(f"{name} needs a value ({known}), or set its fields: --{name}.field=value")
+    require(text in presets, f"{name} must be {known}, but is {shown(text)}{nearest(text, presets)}")
+    variant, values = presets[text]
+    return variant, dict(values)
+
+
+def _require_fields(registry: Registry[Any], kind: Any, variant: str, given: dict[str, _Given], name: str) -> None:
+    """Raise `ConfigError` for a field that only other variants have."""
+    for key in given.keys() - {field.name for field in dataclasses.fields(kind)}:
+        owners = [other for other in registry if key in annotations_of(registry[other].settings)]
+        there = f"{registry.field}={' or '.join(owners)}"
+        require(not owners, f"{name}.{key} is a setting of {there}, but {name}.{registry.field} is {variant}")
 
 
 def describe(config: Any, name: str = "config") -> str:
-    """One paragraph a setting: its full name, type, value and documentation."""
-    lines = []
-    annotations = annotations_of(type(config))
-    for field in dataclasses.fields(config):
-        value, full_name = getattr(config, field.name), f"{name}.{field.name}"
-        if not dataclasses.is_dataclass(value):
-            lines.append(f"  --{full_name}={_show(value)}  ({_type_name(annotations[field.name])})")
-            lines.append(f"        {field.metadata.get('doc', '')}")
-            continue
-        lines.append(f"\n{full_name}: {field.metadata.get('doc', '')}")
-        registry = field.metadata.get("registry")
-        if registry is not None and _presets(registry):
-            lines.append(f"  --{full_name}=NAME  (one of {', '.join(_presets(registry))})")
-        lines.append(describe(value, full_name))
-    return "\n".join(lines)
+    """Return one paragraph a setting: its full name, value, type and documentation; of variants, those of each."""
+    return "\n".join(_described(config, name, "", []))
+
+
+def _described(section: Any, name: str, left_out: str, told: list[Registry[Any]]) -> Iterator[str]:
+    for field in dataclasses.fields(section):
+        value, full_name, doc = getattr(section, field.name), f"{name}.{field.name}", field.metadata.get("doc", "")
+        registry = registry_of(field)
+        if registry is not None:
+            yield f"\n{full_name}: {doc}"
+            yield from _described_variants(registry, value, full_name, told)
+        elif dataclasses.is_dataclass(value):
+            yield f"\n{full_name}: {doc}"
+            yield from _described(value, full_name, "", told)
+        elif field.name != left_out:
+            yield f"  --{full_name}={_show(value)}  ({type_name(annotations_of(type(section))[field.name])})"
+            yield f"        {doc}"
+
+
+def _described_variants(registry: Registry[Any], default: Any, name: str, told: list[Registry[Any]]) -> Iterator[str]:
+    own = getattr(default, registry.field)
+    yield f"  --{name}.{registry.field}={own}  (one of {', '.join(registry)})"
+    yield f"  --{name}=NAME  (one of {', '.join(presets_of(registry))})"
+    if registry in told:
+        yield "        the settings of each are those above"
+        return
+    told.append(registry)
+    for variant in registry:
+        section = default if variant == own else registry[variant].settings(**{registry.field: variant})
+        yield f"\n{name}, where {registry.field}={variant}: {(inspect.getdoc(type(section)) or '').splitlines()[0]}"
+        yield from _described(section, name, registry.field, told)
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are raised as `ConfigError`."""
+    """A parser whose errors are raised as `ConfigError`, an unknown option with the known one that is most like it."""
+
+    def __init__(self, description: str | None, **options: Any):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what is given for the parser's arguments; raise `ConfigError` for others."""
+        known, others = self.parse_known_args(args, namespace)
+        self._refuse(others)
+        return known
+
+    def parse_with_settings(self, args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """Return what is given for the parser's arguments, and for settings; raise `ConfigError` for others."""
+        known, others = self.parse_known_args(args)
+        self._refuse(text for text in others if not text.startswith(_PREFIX))
+        return known, others
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise `message`."""
         raise ConfigError(message)
 
-
-def _collect(config: Config, override: str, changes: dict[str, Any]) -> None:
-    """Put the parsed value of one override into the nested dictionary `changes`; a section's preset is under ""."""
-    name, has_value, text = override.removeprefix("--").partition("=")
-    require(
-        override.startswith("--config."), f"unexpected argument {override!r}; settings are --config.section.field=value"
-    )
-    section: Any = config
-    *parents, last = name.split(".")[1:]
-    registry = None
-    for depth, parent in enumerate(parents):
-        registry = _metadata(type(section), parent).get("registry")
-        section = _field(section, parent, ".".join(["config", *parents[:depth]]))
-        require(dataclasses.is_dataclass(section), f"config.{'.'.join(parents[: depth + 1])} is not a section")
-        changes = changes.setdefault(parent, {})
-    holder = _holder(section, last, ".".join(["config", *parents]), registry)
-    metadata = _metadata(holder, last)
-    if dataclasses.is_dataclass(getattr(section, last, None)):
-        changes.setdefault(last, {})[""] = _preset(metadata.get("registry"), text, name)
-        return
-    annotation = annotations_of(holder)[last]
-    require(bool(has_value) or annotation is bool, f"{name} needs a value ({_type_name(annotation)}): --{name}=VALUE")
-    changes[last] = _parse(text if has_value else "true", annotation, name)
-
-
-def _holder(section: Any, key: str, name: str, registry: Any) -> Any:
-    """The class of settings that has a field: the section's own, or that of another entry of its registry."""
-    kinds = [type(section), *(registry[entry].settings for entry in registry or ())]
-    found = next((kind for kind in kinds if key in {field.name for field in dataclasses.fields(kind)}), None)
-    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    require(found is not None, f"unknown field {name}.{key}{_nearest(key, names)}")
-    return found
-
-
-def _presets(registry: Any) -> dict[str, dict[str, Any]]:
-    return {
-        preset: {registry.field: entry, **changes}
-        for entry in registry
-        for preset, changes in getattr(registry[entry], "presets", {}).items()
-    }
-
-
-def _field(section: Any, key: str, name: str) -> Any:
-    names = [field.name for field in dataclasses.fields(section)]
-    require(key in names, f"unknown field {name}.{key}{_nearest(key, names)}")
-    return getattr(section, key)
-
-
-def _nearest(key: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def _preset(registry: Any, text: str, name: str) -> dict[str, Any]:
-    presets = {} if registry is None else _presets(registry)
-    if not presets:
-        raise ConfigError(f"{name} is a section: set its fields, --{name}.field=value")
-    require(text in presets, f"{name} expects one of {', '.join(presets)}, but is {text!r}{_nearest(text, presets)}")
-    return presets[text]
-
-
-def _rebuild(section: Any, changes: dict[str, Any], name: str, registry: Any = None, default: Any = None) -> Any:
-    """`section` with `changes`; single fields win over a preset."""
-    changes = {**changes.pop("", {}), **changes}
-    if registry is not None and changes.get(registry.field, getattr(section, registry.field)) != getattr(
-        section, registry.field
-    ):
-        section = _switched(section, registry[changes[registry.field]].settings, registry.field, default)
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            of_key = _metadata(type(section), key).get("registry")
-            start = _default(type(section), key) if of_key is not None else None
-            changes[key] = _rebuild(getattr(section, key), value, f"{name}.{key}", of_key, start)
-    return _build(lambda: dataclasses.replace(section, **changes), type(section), name) if changes else section
-
-
-def _switched(section: Any, kind: Any, field: str, default: Any) -> Any:
-    """Settings of another entry: the default section where that is one, else new ones; shared fields are kept."""
-    start = default if type(default) is kind else kind()
-    shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(section)} - {field}
-    return dataclasses.replace(start, **{name: getattr(section, name) for name in shared})
-
-
-def _build(make: Callable[[], Any], kind: type, name: str) -> Any:
-    """`make()`, with errors of the dataclass's own checks told by the field's full name."""
-    try:
-        return make()
-    except ConfigError as error:
-        message = str(error)
-        first = re.match(r"\w*", message)
-        starts_with_field = first is not None and first[0] in {field.name for field in dataclasses.fields(kind)}
-        raise ConfigError(f"{name}.{message}" if starts_with_field else f"{name}: {message}") from error
+    def _refuse(self, arguments: Iterable[str]) -> None:
+        for argument in arguments:
+            option = argument.partition("=")[0]
+            told = nearest(option, self._option_string_actions) if option.startswith("-") else ""
+            raise ConfigError(f"unexpected argument {shown(argument)}{told}")
 
 
 def _parse(text: str, annotation: Any, name: str) -> Any:
     try:
         return _convert(text, annotation)
-    except (ValueError, SyntaxError) as error:
-        raise ConfigError(f"{name} expects {_type_name(annotation)}, but is {text!r}") from error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{name} must be {type_name(annotation)}, but is {shown(text)}") from error
 
 
 def _convert(text: str, annotation: Any) -> Any:
-    """`text` as a value of the annotated type; raises ValueError or SyntaxError."""
+    """Return `text` as a value of the annotated type; raise ValueError or SyntaxError."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return {str(choice): choice for choice in arguments}[_one_of(text, arguments)]
@@ -231,10 +229,7 @@ def _convert(text: str, annotation: Any) -> Any:
         return tuple(_convert(item, arguments[0]) for item in _items(text))
     if annotation is bool:
         return {"true": True, "false": False}[_one_of(text.lower(), ("true", "false"))]
-    value = annotation(text)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("not finite")
-    return value
+    return annotation(text)
 
 
 def _one_of(text: str, choices: Sequence[Any]) -> str:
@@ -247,34 +242,20 @@ def _convert_union(text: str, members: Sequence[Any]) -> Any:
     if type(None) in members and text in ("None", "none"):
         return None
     for member in members:
-        try:
-            return _convert(text, member) if member is not type(None) else _fail(text)
-        except (ValueError, SyntaxError):
-            continue
-    return _fail(text)
-
-
-def _fail(text: str) -> typing.NoReturn:
+        with contextlib.suppress(ValueError, SyntaxError):
+            if member is not type(None):
+                return _convert(text, member)
     raise ValueError(text)
 
 
 def _items(text: str) -> list[str]:
-    """`a,b` or, for items with commas in them, `("a,b", "c")`."""
+    """Return the parts of `a,b` or, for items with commas in them, of `("a,b", "c")`."""
     if text[:1] in ("(", "["):
-        return [str(item) for item in ast.literal_eval(text)]
+        return [_item(item) for item in ast.literal_eval(text)]
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("None" if member is type(None) else _type_name(member) for member in arguments)
-    if origin is tuple:
-        return f"{_type_name(arguments[0])}, several separated by commas"
-    return _KINDS.get(annotation, str(annotation))
-
-
-def _show(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _item(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(value)
+    return str(value)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lin_jax.settings.base import require, require_at_least_zero, require_positive, setting
+from lin_jax.settings.base import require, require_at_least_zero, require_paths, require_positive, setting
 from lin_jax.settings.typed import Settings
 
 
@@ -52,6 +52,7 @@ class DataConfig(Settings):
     def _check(self) -> None:
         require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
         require_at_least_zero(self, "seed")
+        require_paths(self, "path", "validation_path", "tfds_name", "tfds_directory", "cache_directory", "tokenizer")
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",

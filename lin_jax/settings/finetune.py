@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lin_jax.settings.base import require, require_at_least_zero, require_positive, section, setting
+from lin_jax.settings.base import require, require_at_least_zero, require_paths, require_positive, section, setting
 from lin_jax.settings.medusa import MedusaConfig
 from lin_jax.settings.typed import Settings
 
@@ -52,6 +52,7 @@ class FinetuneConfig(Settings):
     medusa: MedusaConfig = section(MedusaConfig, "objective=medusa: the heads")
 
     def _check(self) -> None:
+        require_paths(self, "checkpoint")
         require(
             self.objective == "medusa" or self.medusa == MedusaConfig(),
             f"medusa has settings of Medusa heads, but objective={self.objective} trains none: give objective=medusa",

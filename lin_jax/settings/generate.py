@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lin_jax.settings.base import require, require_at_least_zero, require_positive, section, setting
+from lin_jax.settings.base import require, require_at_least_zero, require_paths, require_positive, section, setting
 from lin_jax.settings.typed import Settings
 
 
@@ -67,6 +67,7 @@ class GenerateConfig(Settings):
         require_positive(self, "max_new_tokens", "samples", "lookup_tokens", "lookup_match")
         require_positive(self, "batch_size", "prefill_chunk", "block")
         require_at_least_zero(self, "typical_threshold", "typical_alpha")
+        require_paths(self, "tree")
         require(all(self.stop), "stop must not hold the empty string")
         require(
             self.acceptance == "exact" or self.sampling.temperature > 0,

@@ -1,6 +1,7 @@
 """Values of the types that annotations name: settings, which check theirs, and what files of other programs hold."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import types
@@ -48,6 +49,11 @@ class Settings:
 
 def annotations_of(kind: Any) -> dict[str, Any]:
     """Return the annotated types of a dataclass's fields by their names."""
+    return _annotations(kind)
+
+
+@functools.cache
+def _annotations(kind: Any) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         hints |= inspect.get_annotations(base, eval_str=True)

@@ -8,7 +8,7 @@ from etils import epath
 from lin_jax.experiment import Config
 from lin_jax.paths import check_remote
 from lin_jax.settings.base import require
-from lin_jax.settings.command_line import config_to_dict
+from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.checksums import checksums
@@ -26,7 +26,7 @@ def check_base(path: str) -> None:
 
 def require_same_model(base: Config, config: Config) -> None:
     """Raise `ConfigError` naming the first setting of the model that another attention does not explain."""
-    old, new = config_to_dict(base.model), config_to_dict(config.model)
+    old, new = section_to_dict(base.model), section_to_dict(config.model)
     for name, value in new.items():
         require(
             name in config.model.free or old.get(name) == value,

@@ -16,10 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lin_jax.experiment import Config
+from lin_jax.experiment import Config, config_from_dict
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.checkpoint import CheckpointConfig
-from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import require_same_frozen
 from lin_jax.train.checksums import checksums, require_checksums
@@ -214,7 +214,7 @@ class Checkpoints:
         sums["frozen"] = self._frozen_checksums
         loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
         meta = {
-            "config": config_to_dict(self._config),
+            "config": section_to_dict(self._config),
             "checksums": sums,
             "metrics": metrics,
             "validation_loss": loss,
@@ -345,9 +345,9 @@ def _close_quietly(manager: Any) -> None:
 def _require_same_settings(saved: Mapping[str, Any], config: Config) -> None:
     """Raise `ConfigError` naming the first setting that a resumed run must not change."""
     # Settings that are newer than the checkpoint had their defaults then.
-    old_values = _flatten(config_to_dict(config_from_dict(dict(saved))))
+    old_values = _flatten(section_to_dict(config_from_dict(dict(saved))))
     free_settings = (*FREE_SETTINGS, *task_of(config).free_settings)
-    for name, value in _flatten(config_to_dict(config)).items():
+    for name, value in _flatten(section_to_dict(config)).items():
         old = old_values.get(name)
         free = any(name == setting or name.startswith(setting + ".") for setting in free_settings)
         require(

@@ -13,7 +13,7 @@ import jax
 
 from lin_jax.experiment import Config
 from lin_jax.paths import write_whole
-from lin_jax.settings.command_line import config_to_dict
+from lin_jax.settings.dictionaries import section_to_dict
 
 RECORD = "run.json"
 _PACKAGES = ("lin_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -30,7 +30,7 @@ def write_run_record(directory: Path, config: Config, step: int, parameters: int
     """
     file = directory / RECORD
     starts = [*_earlier_starts(file), _start(step)] if step else [_start(step)]
-    record = {"config": config_to_dict(config), "parameters": parameters, "starts": starts}
+    record = {"config": section_to_dict(config), "parameters": parameters, "starts": starts}
     write_whole(file, (json.dumps(record, indent=2) + "\n").encode())
 
 

@@ -13,12 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lin_jax.data.tokenizers import Tokenizer, restore_tokenizer
-from lin_jax.experiment import Config
+from lin_jax.experiment import Config, config_from_dict
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import constants_by_path, parameters_by_path
 from lin_jax.models.structure import Structure
 from lin_jax.settings.base import ConfigError, first_line, require
-from lin_jax.settings.command_line import config_from_dict, config_to_dict
+from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
@@ -56,7 +56,7 @@ def save_model(
         constants: likewise nested, of a model that has some.
     """
     item = {"parameters": parameters, "constants": dict(constants or {})}
-    meta = {"config": config_to_dict(config), "checksums": {"model": checksums(item)}}
+    meta = {"config": section_to_dict(config), "checksums": {"model": checksums(item)}}
     directory = checkpoints_directory(workdir)
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, async_options=saving_options(directory, lambda: 0)

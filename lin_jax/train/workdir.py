@@ -10,10 +10,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lin_jax.experiment import Config
+from lin_jax.experiment import Config, config_from_dict
 from lin_jax.paths import absolute, is_remote, write_whole
 from lin_jax.settings.base import ConfigError, require
-from lin_jax.settings.command_line import config_from_dict
 from lin_jax.settings.foreign import read_json
 from lin_jax.train.manifest import DamagedError, require_undamaged
 

@@ -159,7 +159,7 @@ def test_the_program(model, config, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one##two")
     arguments = ["--task", "speculative", "--checkpoint", str(tmp_path / "run"), "--separator", "##"]
     assert eval_program.main(arguments) == 2 and "--prompts FILE" in capsys.readouterr().err
-    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4", "--batch-size", "2"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "4", "--batch_size", "2"]
     assert eval_program.main(arguments) == 2 and "Medusa heads" in capsys.readouterr().err
     assert eval_program.main([*arguments, "--config.data.seed=1"]) == 2 and "unknown" in capsys.readouterr().err
     assert eval_program.main([*arguments, "--methods", "lookup"]) == 0

@@ -25,7 +25,8 @@ from lin_jax.experiment import (
     OptimizerConfig,
     TrainConfig,
 )
-from lin_jax.settings.command_line import apply_overrides, config_to_dict
+from lin_jax.settings.command_line import apply_overrides
+from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.train import checkpoint, checksums, loop, sharding, trainable
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
@@ -391,7 +392,7 @@ def test_what_a_run_leaves_behind(config, monkeypatch):
     result = train(config)
     workdir = Path(config.workdir)
     record = json.loads((workdir / "run.json").read_text())
-    assert record["config"] == config_to_dict(config) and record["starts"][0]["versions"]["jax"] == jax.__version__
+    assert record["config"] == section_to_dict(config) and record["starts"][0]["versions"]["jax"] == jax.__version__
     assert (workdir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events*")) and list((workdir / "profile").rglob("*.xplane.pb"))
     np.testing.assert_allclose(result.validation["perplexity"], np.exp(result.validation["validation_loss"]))

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from lin_jax.settings.command_line import apply_overrides, load_config
+from lin_jax.experiment import load_config
+from lin_jax.settings.command_line import apply_overrides
 from lin_jax.train import loop, trainable
 from lin_jax.train.metrics import read_metrics
 
@@ -45,7 +46,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 from lin_jax.experiment import DistributedConfig
-from lin_jax.settings.command_line import load_config
+from lin_jax.experiment import load_config
 from lin_jax.train import distributed, loop, trainable
 from tests.train.stub import Stub
 
