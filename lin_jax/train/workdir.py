@@ -89,14 +89,20 @@ class RunLock:
         if not os.path.isdir(self._workdir):
             return
         try:
-            self._descriptor = os.open(self._workdir, os.O_RDONLY)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(self._workdir, os.O_RDONLY)
+        except OSError:  # Whoever reads or writes it says so.
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(descriptor)
             raise ConfigError(
                 f"another run is at work in config.workdir={self._workdir}: wait for its end, or choose another one"
             ) from error
         except OSError:  # Some network file systems.
+            os.close(descriptor)
             return
+        self._descriptor = descriptor
 
     def close(self) -> None:
         """Give the lock back."""

@@ -6,6 +6,7 @@ import json
 import pytest
 from tensorboardX.proto import event_pb2
 
+from lin_jax.experiment import ConfigError
 from lin_jax.train import metrics
 from lin_jax.train.metrics import peak_flops, read_metrics
 
@@ -41,6 +42,40 @@ def test_lines_after_the_checkpoint_and_torn_ones_are_dropped(tmp_path):
         {"step": 2, "loss": 1.5},
         {"step": 3, "loss": None},
     ]
+
+
+def make_log(workdir, step, messages, checksum=None):
+    return metrics.MetricsLog(workdir, step, 9, 1.0, "validation_loss", messages.append, checksum)
+
+
+def test_damaged_metrics_are_noticed_and_times_do_not_count(tmp_path):
+    log = make_log(tmp_path, 0, [])
+    log._write([{"step": 1, "loss": 2.5, "step_seconds": 1.0}])
+    log.write_validation(1, {"validation_loss": 2.25})
+    log.close()
+    file, messages = tmp_path / "metrics.jsonl", []
+    file.write_text(file.read_text().replace('"step_seconds": 1.0', '"step_seconds": 3.0') + '{"step": 2, "lo')
+    again = make_log(tmp_path, 1, messages, log.checksum)
+    assert again.checksum == log.checksum and not messages and again.validation_at(1)["validation_loss"] == 2.25
+    again.close()
+    for damaged in (file.read_text().replace("2.25", "2.24"), file.read_text().replace("2.5", "\x00"), ""):
+        file.write_text(damaged)
+        told = []
+        other = make_log(tmp_path, 1, told, log.checksum)
+        assert len(told) == 1 and "metrics.jsonl is not as it was at step 1" in told[0]
+        assert other.validation_at(1) is None, "what is in doubt is measured again"
+        other.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_is_in_the_way_of_metrics_is_named(tmp_path, name):
+    if name == "tensorboard":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"metrics cannot be written to .*{name}") as error:
+        make_log(tmp_path, 0, [])
+    assert "\n" not in str(error.value)
 
 
 class FullDisk:
