@@ -4,23 +4,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lin_jax.layers.parameter import constant, parameter
+
 VOCABULARY, WIDTH, LAYERS = 96, 16, 3  # by default
-
-
-class Constant(nnx.Variable):
-    """A variable that is saved but not trained."""
 
 
 class Layer(nnx.Module):
     def __init__(self, rngs, width):
         key = rngs.params()
-        self.up = nnx.Param(0.3 * jax.random.normal(key, (width, 2 * width)), axes=("width", "hidden"), decay=True)
-        self.down = nnx.Param(
+        self.up = parameter(0.3 * jax.random.normal(key, (width, 2 * width)), axes=("width", "hidden"), decay=True)
+        self.down = parameter(
             0.3 * jax.random.normal(jax.random.fold_in(key, 1), (2 * width, width)),
             axes=("hidden", "width"),
             decay=True,
         )
-        self.scale = nnx.Param(jnp.ones(width), axes=(None,), decay=False)
+        self.scale = parameter(jnp.ones(width), axes=(None,), decay=False)
 
     def __call__(self, x_BTC, same_BTT):
         count = jnp.sum(same_BTT, axis=-1, keepdims=True)
@@ -32,11 +30,11 @@ class Layer(nnx.Module):
 class Stub(nnx.Module):
     def __init__(self, rngs, vocabulary=VOCABULARY, width=WIDTH):
         key = rngs.params()
-        self.embedding = nnx.Param(
+        self.embedding = parameter(
             jax.random.normal(key, (vocabulary, width)), axes=("vocabulary", "width"), decay=False
         )
         self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Layer(rngs, width)))(rngs)
-        self.temperature = Constant(jnp.full((), 0.5))
+        self.temperature = constant(jnp.full((), 0.5), axes=())
 
     def features(self, tokens_BT, segment_ids_BT=None, partition=None):
         length = tokens_BT.shape[1]

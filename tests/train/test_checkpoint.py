@@ -17,6 +17,7 @@ from lin_jax.experiment import CheckpointConfig, ConfigError
 from lin_jax.train import checkpoint
 from lin_jax.train.loop import train
 from lin_jax.train.saved_model import load_model
+from lin_jax.train.validation import Evaluator
 
 from .small_run import call_at, change, curve, final_state, snapshot, steps_of
 
