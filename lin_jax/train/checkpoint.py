@@ -287,7 +287,7 @@ class Checkpoints:
                 (self._directory / str(step)).rename(aside / (f"{step}_{number}" if number else str(step)))
         except OSError as error:
             raise ConfigError(
-                f"checkpoint {steps[0]} cannot be moved to {aside} ({error.strerror}): see to that, then run again"
+                f"checkpoint {steps[0]} cannot be moved to {aside} ({first_line(error)}): see to that, then run again"
             ) from error
         wait_for_all("unreadable checkpoints")
 

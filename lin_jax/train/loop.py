@@ -281,7 +281,7 @@ class _Run:
                 (directory / result.name).write_text(result.text, encoding="utf-8")
                 self._log.message(f"{directory / result.name}: {result.told}")
         except OSError as error:
-            self._log.message(f"warning: {directory} cannot be written to ({error.strerror or error})")
+            self._log.message(f"warning: {directory} cannot be written to ({first_line(error)})")
 
 
 def _memory(compiled: Any) -> str:

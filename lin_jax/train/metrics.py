@@ -99,8 +99,8 @@ class MetricsLog:
             return read_metrics(workdir / METRICS)
         except OSError as error:
             raise ConfigError(
-                f"metrics cannot be written to {error.filename or workdir} ({error.strerror or first_line(error)}): "
-                "move away what is there, or choose another --config.workdir"
+                f"metrics cannot be written to {workdir} ({first_line(error)}): move away what is there, or choose "
+                "another --config.workdir"
             ) from error
 
     def add(self, step: int, metrics: StepMetrics) -> None:
@@ -167,7 +167,7 @@ class MetricsLog:
             try:
                 sink.write(lines)
             except OSError as error:  # A full disk must not end a run; what is left is tried again with the next lines.
-                self.message(f"warning: metrics cannot be written ({error.strerror or error}); training goes on")
+                self.message(f"warning: metrics cannot be written ({first_line(error)}); training goes on")
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]

@@ -36,9 +36,10 @@ def write_run_record(directory: Path, config: Config, step: int, parameters: int
 
 def _earlier_starts(file: Path) -> list[Any]:
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["starts"])
-    except (OSError, ValueError, KeyError):
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
+    return starts if isinstance(starts, list) else []
 
 
 def _start(step: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
 from lin_jax.paths import LocalFiles, absolute, check_remote
-from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.tasks.registry import task_of
 from lin_jax.train import checkpoint, sharding, workdir
 from lin_jax.train.base import check_base
@@ -108,4 +108,7 @@ def open_workdir(parts: Parts, new: Tokenizer | None, files: LocalFiles, step: i
             workdir.keep_tokenizer_files(parts.config)
         write_run_record(files.directory, parts.config, step, count)
     except OSError as error:
-        raise ConfigError(f"cannot write to config.workdir={parts.config.workdir}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot write to config.workdir={parts.config.workdir} ({first_line(error)}): see to that, or choose "
+            "another one"
+        ) from error

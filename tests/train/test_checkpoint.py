@@ -42,33 +42,37 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("item", ["model", "training", "meta", "data"])
-def test_damage_falls_back_to_the_checkpoint_before(config, uninterrupted, monkeypatch, damage, item):
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped_workdir(uninterrupted, tmp_path_factory):
+    config = dataclasses.replace(uninterrupted, workdir=str(tmp_path_factory.mktemp("stopped") / "run"))
+    with pytest.MonkeyPatch.context() as patch:
         call_at(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train(config)
+    return config.workdir
+
+
+@pytest.fixture
+def stopped(config, stopped_workdir):
+    """A run that was stopped at step 12, and has a checkpoint of step 10 too."""
+    shutil.copytree(stopped_workdir, config.workdir)
+    return config
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("item", ["model", "training", "meta", "data"])
+def test_damage_falls_back_to_the_checkpoint_before(stopped, uninterrupted, damage, item):
     files = list(
-        Path(config.workdir, "checkpoints/12", item).glob("ocdbt.process_0/d/*" if item in ARRAYS else "metadata")
+        Path(stopped.workdir, "checkpoints/12", item).glob("ocdbt.process_0/d/*" if item in ARRAYS else "metadata")
     )
     assert files
     for file in files:
         DAMAGES[damage](file)
     messages = []
-    train(config, messages.append)
+    train(stopped, messages.append)
     assert "checkpoint 12" in messages[0] and "cannot be read" in messages[0] and "\n" not in messages[0]
     assert "resumed from the checkpoint of step 10" in messages[1]
-    assert Path(config.workdir, "unreadable_checkpoints/12").is_dir()
-    assert final_state(config) == final_state(uninterrupted) and curve(config) == curve(uninterrupted)
-
-
-@pytest.fixture
-def stopped(config, monkeypatch):
-    """A run that was stopped at step 12, and has a checkpoint of step 10 too."""
-    with monkeypatch.context() as patch:
-        call_at(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train(config)
-    return config
+    assert Path(stopped.workdir, "unreadable_checkpoints/12").is_dir()
+    assert final_state(stopped) == final_state(uninterrupted) and curve(stopped) == curve(uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "_sharding", "manifest.ocdbt", "array_metadatas/process_0", "d/*"])
