@@ -17,6 +17,7 @@ from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
 from lin_jax.decode.trees import find_tree
 from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
+from lin_jax.ops.target import decoding_type
 from lin_jax.ops.tree import Tree, chain
 from lin_jax.settings.base import require
 from lin_jax.settings.generate import GenerateConfig
@@ -152,7 +153,7 @@ class Generator:
         B, longest = len(length_B), int(length_B.max())
         T = min(self.config.prefill_chunk, 1 << (longest - 1).bit_length())
         state = self.model.empty_state(B, capacity)
-        features_BC = jnp.zeros((B, self.model.config.width), self.model.config.dtype)
+        features_BC = jnp.zeros((B, self.model.config.width), decoding_type(self.model.config.dtype))
         for start in range(0, longest, T):
             tokens_BT = np.zeros((B, T), np.int32)
             part = text_BX[:, start : start + T]

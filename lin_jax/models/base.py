@@ -16,6 +16,7 @@ from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rows import Rows
 from lin_jax.layers.stack import each_layer, run_layers, unstack_layers
+from lin_jax.ops.target import decoding_type
 from lin_jax.ops.tree import Tree
 from lin_jax.settings.base import DTYPE_DOC, REMAT_DOC, require, setting
 from lin_jax.settings.typed import Settings
@@ -256,7 +257,7 @@ class Decoder(Model):
 
     @abc.abstractmethod
     def embed(self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> tuple[Array, tuple[Any, ...]]:
-        """Return what the first layer reads of tokens that follow a state, and what else all layers are told."""
+        """Return what the first layer reads of tokens that follow a state, in any type, and what layers are told."""
 
     @abc.abstractmethod
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
@@ -307,7 +308,12 @@ class Decoder(Model):
         """
         self.check_decodable(capacity)
         states = tuple(layer.empty_state(batch, capacity) for layer in self._without_parameters())
-        return DecoderState(states, jnp.zeros(batch, jnp.int32))
+        return DecoderState(self._in_decoding_type(states), jnp.zeros(batch, jnp.int32))
+
+    def _in_decoding_type(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """States with what is in the model's type in that of decoding."""
+        narrow, wide = jnp.dtype(self.config.dtype), decoding_type(self.config.dtype)
+        return jax.tree.map(lambda x: x.astype(wide) if x.dtype == narrow else x, states)
 
     def _without_parameters(self) -> list[Layer]:
         """The layers for what does not depend on their parameters; a whole stack serves as each of its layers."""
@@ -344,6 +350,7 @@ class Decoder(Model):
     def _extend(self, tokens_BT: Array, state: DecoderState, count_B: Array) -> tuple[Array, DecoderState]:
         position_BT = state.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         x_BTC, shared = self.embed(tokens_BT, position_BT)
+        x_BTC = x_BTC.astype(decoding_type(self.config.dtype))
         states = []
         for layer, before in zip(self._each_layer(), state.layers, strict=True):
             x_BTC, after = layer.extend(x_BTC, before, count_B, *shared)
@@ -359,6 +366,7 @@ class Decoder(Model):
             The features of every node, as if its path had been read; and what `commit` needs. The state stays.
         """
         x_BMC, shared = self.embed(tokens_BM, state.length_B[:, None] + jnp.asarray(tree.depth_M)[None])
+        x_BMC = x_BMC.astype(decoding_type(self.config.dtype))
         pending = []
         for layer, before in zip(self._each_layer(), state.layers, strict=True):
             x_BMC, of_layer = layer.verify(x_BMC, before, tree, *shared)

@@ -218,7 +218,7 @@ class GatedAttention(Layer):
         config, causal = self.config, self.config.attention.causal
         distance = np.arange(0 if causal else 1 - slots, slots)
         bucket = bias_buckets(distance, config.bias_buckets, config.bias_max_distance, causal)
-        return self.bias[...][bucket] * config.query_key_size**0.5
+        return self.bias[...][bucket].astype(jnp.float32) * config.query_key_size**0.5
 
     def empty_state(self, batch: int, capacity: int) -> GatedState:
         """Return the state before the first token; `capacity` does not matter."""
@@ -320,15 +320,14 @@ class Flash(Decoder):
         B, T = tokens_BT.shape
         released = self.config.padding == "released"
         rows = place(segment_ids_BT, (B, T), partition, released_padding=released, values="hidden")
-        return self.embed(tokens_BT, rows.position_BT, partition)[0], rows
+        return self.embed(tokens_BT, rows.position_BT, partition)[0].astype(self.config.dtype), rows
 
     def embed(
         self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], partition: Partition = WHOLE
     ) -> tuple[Array, tuple[Any, ...]]:
         """Return the embedded tokens with their positions, and the positions for all layers."""
         position_BTC = self.position_scale[...] * sinusoids(position_BT, self.config.width)
-        x_BTC = look_up(self.embedding[...], tokens_BT, partition) + position_BTC
-        return x_BTC.astype(self.config.dtype), (position_BT,)
+        return look_up(self.embedding[...], tokens_BT, partition) + position_BTC, (position_BT,)
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences can be decoded exactly, however long."""

@@ -136,14 +136,14 @@ class Gpt2(Decoder):
         config, (B, T) = self.config, tokens_BT.shape
         require(config.positions >= T, f"rows of {T} tokens are longer than the model's positions={config.positions}")
         rows = place(segment_ids_BT, (B, T), partition, heads="heads")
-        return self.embed(tokens_BT, rows.position_BT, partition)[0], rows
+        return self.embed(tokens_BT, rows.position_BT, partition)[0].astype(config.dtype), rows
 
     def embed(
         self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], partition: Partition = WHOLE
     ) -> tuple[Array, tuple[Any, ...]]:
         """Return the embedded tokens, and what all layers are told of positions: nothing."""
-        x_BTC = look_up(self.embedding[...], tokens_BT, partition) + self.position_embedding[...][position_BT]
-        return x_BTC.astype(self.config.dtype), ()
+        x_BTC = look_up(self.embedding[...], tokens_BT, partition).astype(jnp.float32)
+        return x_BTC + self.position_embedding[...][position_BT], ()
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""

@@ -185,7 +185,7 @@ class Llama(Decoder):
         # Within `positions` dynamic scaling changes nothing, and beyond them it is refused.
         rope = config.rope if config.rope.scaling != "dynamic" else dataclasses.replace(config.rope, scaling="default")
         turn = rotation(rope, position_BT, config.head_size, config.positions)
-        return self.embedding[...][tokens_BT].astype(config.dtype), (turn,)
+        return self.embedding[...][tokens_BT], (turn,)
 
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""

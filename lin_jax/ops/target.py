@@ -1,8 +1,9 @@
 """The device that a computation is meant for, which need not be one of this machine."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class TargetDevice(NamedTuple):
@@ -21,3 +22,13 @@ def target() -> TargetDevice:
     if device is None:
         device = jax.devices()[0]
     return TargetDevice(device.platform, device.device_kind)
+
+
+def decoding_type(dtype: Any) -> Any:
+    """Return the type of activations and states in decoding, for a model that computes in `dtype`.
+
+    It is `dtype`, but float32 on a CPU. There every program, one for each number of rows and nodes, is free to round to
+    16 bits in other places, so that a tree's features differ from a step's by the rounding of bfloat16, and greedy
+    texts with them; a CPU adds in float32 anyway. Parameters keep their type.
+    """
+    return jnp.dtype(jnp.float32 if target().platform == "cpu" else dtype)

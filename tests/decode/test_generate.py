@@ -110,6 +110,18 @@ def test_speculation_gives_the_tokens_of_plain_decoding(model, ids, heads):
         assert row.done
 
 
+def test_bfloat16_gives_one_text_whatever_the_draft_and_the_batch(ids, heads, tree):
+    model = linearized(lin_jax.load(STORIES, dtype="bfloat16")[0])
+    config = GenerateConfig(max_new_tokens=40, prefill_chunk=8, tree=tree)
+    plain = generate_tokens(model, config, ids)
+    for draft in ("lookup", "medusa"):
+        guessing = dataclasses.replace(config, draft=draft)
+        for first in (0, len(ids) - 1):
+            rows = generate_tokens(model, guessing, ids[first:], heads=heads)
+            for row, expected in zip(rows, plain[first:], strict=True):
+                np.testing.assert_array_equal(row.tokens, expected.tokens)
+
+
 def test_samples_do_not_depend_on_draft_or_batch(augmented, ids, heads, tree):
     model = augmented
     sampling = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from lin_jax.attentions.registry import with_kind
 from lin_jax.experiment import AugmentedConfig, ConfigError, FlashConfig, Gpt2Config, LlamaConfig, RopeConfig
@@ -40,7 +41,18 @@ TREE = tree_from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0
 LENGTHS = np.array([9, 3, 0])
 
 
-def make_config(family, attention):
+CASES = [
+    (family, name)
+    for family, names in (("flash", FLASH), ("llama", LLAMA), ("gpt2", ("plain", "hybrid")))
+    for name in names
+]
+
+
+def make_config(family, attention, dtype="float32"):
+    return dataclasses.replace(_in_float32(family, attention), dtype=dtype)
+
+
+def _in_float32(family, attention):
     attention = with_kind(BASE, **{"kind": "augmented", **attention})
     if family == "flash":
         return FlashConfig(vocabulary_size=V, width=12, depth=2, query_key_size=6, rotary_size=4, attention=attention)
@@ -62,10 +74,11 @@ def make_config(family, attention):
 
 
 def make_model(config):
-    """A model whose parameters are all far from their start, the new ones too."""
+    """A model whose parameters are all far from their start, the new ones too, in the type of its activations."""
     model, rng = create_model(config, nnx.Rngs(0)), np.random.default_rng(1)
     state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), state))
+    changed = jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), state)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(config.dtype), changed))
     return model
 
 
@@ -83,15 +96,19 @@ def features_of(model, rows):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("family", "name", "dtype"),
     [
-        (family, name)
-        for family, names in (("flash", FLASH), ("llama", LLAMA), ("gpt2", ("plain", "hybrid")))
-        for name in names
+        *((*case, "float32") for case in CASES),
+        *(("flash", "laplace_two_groups", "bfloat16"), ("gpt2", "plain", "bfloat16")),
+        *(("llama", "softmax_local", "bfloat16"), ("llama", "hybrid", "bfloat16")),
     ],
 )
-def test_chunks_trees_and_commits_are_the_whole_row(family, name):
-    model = make_model(make_config(family, (FLASH if family == "flash" else LLAMA)[name]))
+def test_chunks_trees_and_commits_are_the_whole_row(family, name, dtype):
+    """To the rounding of float32 in bfloat16 too: on a CPU only parameters are rounded more."""
+    attention = (FLASH if family == "flash" else LLAMA)[name]
+    model = make_model(make_config(family, attention, dtype))
+    true = make_model(make_config(family, attention))
+    nnx.update(true, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(model, nnx.Param)))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, V, length).tolist() for length in LENGTHS]
     nodes_BM = jnp.asarray(rng.integers(0, V, (3, TREE.nodes)))
@@ -119,12 +136,41 @@ def test_chunks_trees_and_commits_are_the_whole_row(family, name):
     longer = [prompt + path for prompt, path in zip(prompts, paths, strict=True)]
     to_nodes, behind_paths = rows_to_nodes(prompts, TREE, nodes_BM), rows_to_nodes(longer, TREE, nodes_BM)
     rows = [*prompts[:2], *to_nodes, *behind_paths]
-    whole = features_of(model, rows)
+    whole = features_of(true, rows)
     np.testing.assert_allclose(read[0, :9], whole[0, :9], atol=1e-4)
     np.testing.assert_allclose(read[1, [5, 9, 11]], whole[1, :3], atol=1e-4)
     last = whole[np.arange(len(rows)), [len(row) - 1 for row in rows]]
     verified = np.concatenate([first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])])
     np.testing.assert_allclose(verified, last[2:], atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_nothing_is_rounded_to_bfloat16_on_a_cpu(family, name):
+    """Parameters are; what becomes of them, and of what is computed, is not, so that no sum decides a rounding."""
+    model = make_model(make_config(family, (FLASH if family == "flash" else LLAMA)[name], "bfloat16"))
+
+    def run(tokens):
+        _, state = model.forward(tokens, model.empty_state(2, 32))
+        x, pending = model.verify(tokens, chain(7), state)
+        state = model.commit(state, pending, jnp.zeros((2, 7), jnp.int32), jnp.ones(2, jnp.int32))
+        return model.head(x), state
+
+    traced = jax.make_jaxpr(run)(jnp.zeros((2, 7), jnp.int32))
+    assert not list(roundings(traced.jaxpr))
+    # The training path is rounded, and it is found.
+    assert list(roundings(jax.make_jaxpr(model)(jnp.zeros((2, 7), jnp.int32)).jaxpr))
+
+
+def roundings(jaxpr):
+    """Operations whose results are rounded to bfloat16, in programs inside of programs too."""
+    moved = {"reshape", "broadcast_in_dim", "gather", "slice", "dynamic_slice", "squeeze", "transpose", "select_n"}
+    for operation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(operation.params))
+        for program in inner:
+            yield from roundings(program)
+        narrow = any(getattr(x.aval, "dtype", None) == jnp.bfloat16 for x in operation.outvars)
+        if narrow and not inner and operation.primitive.name not in moved:
+            yield operation
 
 
 @pytest.mark.parametrize("scaling", ["linear", "dynamic", "llama3"])
