@@ -194,7 +194,7 @@ def _result(workdir: Path) -> str:
         meta = json.loads((newest / "meta" / "metadata").read_text(encoding="utf-8"))
         files = sorted(file for file in (workdir / "tokenizer").iterdir())
         tokenizer = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-        steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+        steps = sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir())
         return json.dumps(
             [meta["checksums"], (newest / "data" / "metadata").read_text(encoding="utf-8"), tokenizer, steps]
         )

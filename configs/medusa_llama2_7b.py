@@ -10,10 +10,10 @@ from lin_jax.experiment import (
     CheckpointConfig,
     Config,
     DataConfig,
-    FinetuneConfig,
     LlamaConfig,
     LoraConfig,
     MedusaConfig,
+    MedusaFinetuneConfig,
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
@@ -41,12 +41,11 @@ def get_config(stage: str = "heads") -> Config:
             peak_learning_rate=1e-4 if joint else 1e-3, schedule="cosine", warmup_steps=40, weight_decay=0.0
         ),
         train=TrainConfig(steps=2000, microbatches=8, evaluate_every=200),
-        finetune=FinetuneConfig(
+        finetune=MedusaFinetuneConfig(
             checkpoint="runs/llama2_7b/medusa_heads" if joint else "runs/llama2_7b/lora_4096",
             train=(),
             lora=LoraConfig(rank=8 if joint else 0, alpha=16),
             frozen_dtype="bfloat16",
-            objective="medusa",
             medusa=MedusaConfig(heads=4, layers=1),
         ),
         checkpoint=CheckpointConfig(every=200),

@@ -17,9 +17,9 @@ from lin_jax.experiment import (
     CheckpointConfig,
     Config,
     DataConfig,
-    FinetuneConfig,
     LlamaConfig,
     MedusaConfig,
+    MedusaFinetuneConfig,
     OptimizerConfig,
     SoftmaxConfig,
     TrainConfig,
@@ -64,10 +64,9 @@ def get_config(attention: str = "softmax,heads") -> Config:
             peak_learning_rate=2e-4 if joint else 5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
         ),
         train=TrainConfig(steps=1000, evaluate_every=250, evaluate_batches=0, log_every=50),
-        finetune=FinetuneConfig(
+        finetune=MedusaFinetuneConfig(
             checkpoint=f"runs/stories260k/medusa_{kind}" if joint else f"runs/stories260k/{kind}",
             train=("all",) if joint else (),
-            objective="medusa",
             medusa=MedusaConfig(heads=4, layers=1, tree_nodes=32),
         ),
         checkpoint=CheckpointConfig(every=250),

@@ -19,13 +19,14 @@ from lin_jax.experiment import (
     LlamaConfig,
     OptimizerConfig,
     TrainConfig,
+    TransferFinetuneConfig,
     require,
 )
 
 
 def get_config(stage: str = "finetune") -> Config:
     require(stage in ("finetune", "transfer"), f"unknown {stage}; there are finetune, transfer")
-    transfer = stage == "transfer"
+    transfer, original = stage == "transfer", "runs/stories260k/original"
     return Config(
         workdir=f"runs/stories260k/{stage}",
         model=LlamaConfig(
@@ -53,10 +54,8 @@ def get_config(stage: str = "finetune") -> Config:
             peak_learning_rate=1e-2 if transfer else 2e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
         ),
         train=TrainConfig(steps=300, evaluate_every=100, evaluate_batches=0),
-        finetune=FinetuneConfig(
-            checkpoint="runs/stories260k/original",
-            train=("attention",) if transfer else ("all",),
-            objective="attention_transfer" if transfer else "language_model",
-        ),
+        finetune=TransferFinetuneConfig(checkpoint=original, train=("attention",))
+        if transfer
+        else FinetuneConfig(checkpoint=original),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -35,7 +35,9 @@ from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
 from lin_jax.settings.typed import Settings, shown
+from lin_jax.tasks.medusa import MedusaFinetuneConfig as MedusaFinetuneConfig
 from lin_jax.tasks.registry import TASKS, task_of
+from lin_jax.tasks.transfer import TransferFinetuneConfig as TransferFinetuneConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ class Config(Settings):
     data: DataConfig = section(DataConfig, "the text")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the training loop")
-    finetune: FinetuneConfig = section(FinetuneConfig, "a model to start from, and what of it is trained")
+    finetune: FinetuneConfig = variants(
+        FinetuneConfig, TASKS, "what is learned, from which model, and what of it is trained"
+    )
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     mesh: MeshConfig = section(MeshConfig, "devices")
     distributed: DistributedConfig = section(DistributedConfig, "the processes of a run on several hosts")

@@ -11,17 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lin_jax.experiment import Config, ConfigError
+from lin_jax.experiment import AugmentedConfig, Config, ConfigError, FinetuneConfig, LlamaConfig
 from lin_jax.settings.command_line import apply_overrides
 from lin_jax.settings.typed import annotations_of, shown
 
 
 class Case(NamedTuple):
-    """A value for a field of a section, what makes the section one of that class, and settings in which it is."""
+    """A value for a field of a section, the section's class, and settings in which it is one of that class."""
 
     kind: type
     section: str
-    chosen: tuple[str, ...]
     config: Config
     field: str
     annotation: Any
@@ -63,12 +62,19 @@ def sections(
             yield from sections(annotations_of(kind)[field.name], inner, chosen)
 
 
-def possible() -> dict[Any, tuple[str, tuple[str, ...], Config]]:
+# Some tasks need a model to start from, and linearized attention in it.
+FINETUNED = Config(
+    model=LlamaConfig(attention=AugmentedConfig()), finetune=FinetuneConfig(checkpoint="x", train=("attention",))
+)
+
+
+def possible() -> dict[Any, tuple[str, Config]]:
     """Return each class of settings with the first place where it may stand, and settings in which it stands there."""
-    found: dict[Any, tuple[str, tuple[str, ...], Config]] = {}
-    for kind, section, chosen in sections():
-        with contextlib.suppress(ConfigError):  # Not every model takes every attention.
-            found.setdefault(kind, (section, chosen, apply_overrides(Config(), chosen)))
+    found: dict[Any, tuple[str, Config]] = {}
+    for start in (Config(), FINETUNED):
+        for kind, section, chosen in sections():
+            with contextlib.suppress(ConfigError):  # Not every model takes every attention.
+                found.setdefault(kind, (section, apply_overrides(start, chosen)))
     return found
 
 
@@ -77,10 +83,10 @@ PLACES = possible()
 
 def cases(values: list[Any]) -> Iterator[Case]:
     """Yield every field of every class with every value."""
-    for kind, (section, chosen, config) in PLACES.items():
+    for kind, (section, config) in PLACES.items():
         for name, annotation in annotations_of(kind).items():
             for value in values:
-                yield Case(kind, section, chosen, config, name, annotation, value)
+                yield Case(kind, section, config, name, annotation, value)
 
 
 def fits(value: Any, annotation: Any) -> bool:

@@ -81,8 +81,7 @@ def test_a_field_of_a_configuration_file_is_of_its_type_or_named_in_a_line(tmp_p
 def test_a_field_on_the_command_line_is_of_its_type_or_named_in_a_line():
     refused = 0
     for case in cases(TEXTS):
-        overrides = [*case.chosen, f"--{case.name}={case.value}"]
-        message, config = refusal(lambda overrides=overrides: apply_overrides(Config(), overrides))
+        message, config = refusal(lambda case=case: apply_overrides(case.config, [f"--{case.name}={case.value}"]))
         right = reads(case.value, case.annotation)
         if message is None:
             assert right and fits(getattr(section_of(config, case), case.field), case.annotation), case

@@ -48,6 +48,7 @@ from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from lin_jax.ops.tree import chain, tree_from_paths
 from lin_jax.plan import plan
 from lin_jax.settings.base import require, setting, variants
+from lin_jax.settings.command_line import apply_overrides
 from lin_jax.tasks.base import BatchField, ResultFile
 from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums
@@ -137,14 +138,23 @@ class Parity(TextTask):
 # A task with a teacher: another model, which a run made, and which only gives its opinion.
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationFinetuneConfig(FinetuneConfig):
+    """A model that learns from another."""
+
+    objective: Literal["distillation"] = setting("distillation", "what is learned")
+    teacher: str = setting("", "run to learn from")
+
+
 class Distillation(LanguageModelling):
     """Give the distribution of the next token that the teacher gives."""
 
-    teacher = ""
+    settings = DistillationFinetuneConfig
+    free_settings = ("finetune.teacher",)  # a run may move; its parameters are compared
 
     @property
     def teachers(self):
-        return {"teacher": self.teacher}
+        return {"teacher": self.config.finetune.teacher}
 
     def loss(self, structure, partition):
         def loss(trained, frozen, constants, batch):
@@ -650,13 +660,16 @@ def teacher(settings, tmp_path_factory):
 
 
 @pytest.fixture
-def distilling(settings, teacher, monkeypatch):
-    monkeypatch.setattr(Distillation, "teacher", teacher)
+def distilling(settings, teacher):
     short = TrainConfig(steps=6, evaluate_every=3, evaluate_batches=1)
     checkpoint = CheckpointConfig(every=2)
-    return lambda workdir: settings(
-        workdir, finetune=FinetuneConfig(objective="distillation"), train=short, checkpoint=checkpoint
-    )
+    config = settings("runs/distilled", finetune=FinetuneConfig(), train=short, checkpoint=checkpoint)
+
+    def make(workdir, teacher=teacher):
+        given = {"workdir": workdir, "finetune.objective": "distillation", "finetune.teacher": teacher}
+        return apply_overrides(config, [f"--config.{name}={value}" for name, value in given.items()])
+
+    return make
 
 
 def test_a_teacher_teaches_and_stays_where_it_is(distilling, teacher, tmp_path, monkeypatch):
@@ -687,9 +700,7 @@ def test_another_teacher_is_refused(distilling, teacher, settings, tmp_path, mon
         train=TrainConfig(steps=1, evaluate_batches=1, seed=1),
     )
     train(other, lambda line: None)
-    monkeypatch.setattr(Distillation, "teacher", other.workdir)
     with pytest.raises(ConfigError, match=f"the parameters in teacher {other.workdir} are not those"):
-        train(config, lambda line: None)
-    monkeypatch.setattr(Distillation, "teacher", str(tmp_path / "none"))
+        train(distilling(config.workdir, other.workdir), lambda line: None)
     with pytest.raises(ConfigError, match="there is no checkpoint in .*none"):
-        train(config, lambda line: None)
+        train(distilling(config.workdir, tmp_path / "none"), lambda line: None)

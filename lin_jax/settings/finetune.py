@@ -1,10 +1,10 @@
 """Settings of a model to start from, and of what of it is trained."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from lin_jax.settings.base import require, require_at_least_zero, require_paths, require_positive, section, setting
-from lin_jax.settings.medusa import MedusaConfig
 from lin_jax.settings.typed import Settings
 
 
@@ -30,7 +30,13 @@ TrainedGroup = Literal["all", "new", "norm", "embedding", "attention", "feed_for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Settings):
-    """Training that starts from a model, and which of its parameters it changes."""
+    """Predict the next token, from random parameters or those of a model, and say which of them change.
+
+    Tasks with settings of their own have them in a subclass.
+    """
+
+    # Every run had the settings of Medusa heads once, also one that trained none.
+    former: ClassVar[Mapping[str, str | None]] = {"medusa": None}
 
     checkpoint: str = setting(
         "", "run of lin_jax, also one that convert_weights.py wrote, to start from; empty: random parameters"
@@ -42,21 +48,10 @@ class FinetuneConfig(Settings):
     )
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
     frozen_dtype: Literal["float32", "bfloat16"] = setting("float32", "type in which frozen parameters are held")
-    objective: str = setting(
-        "language_model",
-        "language_model: predict the next token; attention_transfer: every linearized layer learns to give the output "
-        "of the softmax attention that it replaces, which goes on to the next layer (mean squared error); medusa: "
-        "Medusa heads learn to guess the tokens after the next one, alone (Medusa-1: train is empty) or with what else "
-        "trains (Medusa-2)",
-    )
-    medusa: MedusaConfig = section(MedusaConfig, "objective=medusa: the heads")
+    objective: str = setting("language_model", "what is learned")
 
     def _check(self) -> None:
         require_paths(self, "checkpoint")
-        require(
-            self.objective == "medusa" or self.medusa == MedusaConfig(),
-            f"medusa has settings of Medusa heads, but objective={self.objective} trains none: give objective=medusa",
-        )
         require(
             self.lora.rank == 0 or "all" not in self.train,
             "train=all leaves nothing for adapters: say what trains besides them, such as new,norm,embedding",

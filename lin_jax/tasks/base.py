@@ -93,6 +93,7 @@ class Task(abc.ABC):
 
     Attributes:
         config: the settings of the run.
+        settings: the class of `config.finetune`, with the task's own settings.
         best_by: the measure by which the best checkpoint is chosen.
         higher_is_better: whether its highest value is the best, and not the lowest.
         validation_sets: names of the sets that are measured; measures of a set without a name keep theirs, others have
@@ -105,6 +106,7 @@ class Task(abc.ABC):
         free_settings: settings that a resumed run may change.
     """
 
+    settings: ClassVar[type[FinetuneConfig]] = FinetuneConfig
     best_by: ClassVar[str] = "validation_loss"
     higher_is_better: ClassVar[bool] = False
     validation_sets: tuple[str, ...] = ("",)
@@ -120,6 +122,11 @@ class Task(abc.ABC):
     def check(self) -> None:
         """Raise `ConfigError` for settings that the task cannot do with, in one line; call `super().check()` too."""
         finetune = self.config.finetune
+        require(
+            type(finetune) is self.settings,
+            f"finetune is a {type(finetune).__name__}, but objective={finetune.objective} has its settings in a "
+            f"{self.settings.__name__}: give one",
+        )
         require(
             finetune.trains_model or bool(self.adds),
             "finetune.train is empty and there are no adapters: nothing to train",

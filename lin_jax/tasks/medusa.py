@@ -3,8 +3,9 @@
 Cai et al., 2024: the loss of head k weighs 0.8^k; it guesses the token k places after the next one.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from lin_jax.layers.partition import Partition
 from lin_jax.models.flops import Flops, head_flops, layer_flops, reaches_layers
 from lin_jax.models.medusa import HEADS, MedusaHeads, first_kernel
 from lin_jax.models.structure import Structure
+from lin_jax.settings.base import section, setting
+from lin_jax.settings.finetune import FinetuneConfig
+from lin_jax.settings.medusa import MedusaConfig
 from lin_jax.tasks.base import Batch, Evaluation, Loss, ResultFile, Validation
 from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums, sharded_loss, split_positions
@@ -48,6 +52,17 @@ class HeadSums(NamedTuple):
     targets_K: Float[Array, " heads"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MedusaFinetuneConfig(FinetuneConfig):
+    """Medusa heads, which guess the tokens after the next one, alone or with what else trains.
+
+    Alone (`train` is empty) it is Medusa-1, else Medusa-2.
+    """
+
+    objective: Literal["medusa"] = setting("medusa", "what is learned")
+    medusa: MedusaConfig = section(MedusaConfig, "the heads")
+
+
 class MedusaTraining(LanguageModelling):
     """The sum over heads of 0.8^k times the cross-entropy; beside the model's own where the model trains too.
 
@@ -55,16 +70,24 @@ class MedusaTraining(LanguageModelling):
     end of a row or of a document add nothing.
     """
 
+    settings = MedusaFinetuneConfig
     best_by = "objective"
     adds = (HEADS,)
     keeps_attention = True
     needs_base = True
     free_settings = ("finetune.medusa.tree_nodes",)
 
+    @property
+    def heads(self) -> MedusaConfig:
+        """The settings of the heads."""
+        finetune = self.config.finetune
+        assert isinstance(finetune, MedusaFinetuneConfig)
+        return finetune.medusa
+
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:
         """Add the heads."""
         shape = (self.config.model.width, self.config.model.vocabulary_size)
-        model.medusa = MedusaHeads(self.config.finetune.medusa, *shape, rngs=rngs)
+        model.medusa = MedusaHeads(self.heads, *shape, rngs=rngs)
 
     def start(self, model: Any, known: Iterable[str]) -> None:
         """Let new heads compute what the model's own head does."""
@@ -83,21 +106,20 @@ class MedusaTraining(LanguageModelling):
             if not self.config.finetune.trains_model:
                 return LossSums(of_heads, of_heads, jnp.sum(batch["weights"]))
             own = self.next_token_loss(model, features_BTC, batch, partition, z_loss=z_loss)
-            added = self.config.finetune.medusa.weight * of_heads
+            added = self.heads.weight * of_heads
             return LossSums(own.loss + added, own.nll + added, own.weight)
 
         return loss
 
     def evaluation(self, structure: Structure, partition: Partition) -> Evaluation:
         """Return the function that gives `HeadSums`."""
-        finetune = self.config.finetune
 
         def evaluate(trained: Any, frozen: Any, constants: Any, batch: Batch) -> HeadSums:
             model = structure.model(trained, frozen, constants, partition)
             features_BTC = self.features(model, batch, partition)
             own = self.next_token_loss(model, features_BTC, batch, partition, z_loss=0.0)
             of_heads = self._heads_loss(model.medusa, features_BTC, batch, partition)
-            loss = own.nll + finetune.medusa.weight * of_heads if finetune.trains_model else of_heads
+            loss = own.nll + self.heads.weight * of_heads if self.config.finetune.trains_model else of_heads
             ahead = look_ahead(batch, model.medusa.config.heads, self.segment_ids(batch))
             hits_KR = _hits(model.medusa, features_BTC, ahead, self.loss_chunk(batch, partition), partition)
             return HeadSums(loss, own.nll, own.weight, hits_KR, jnp.sum(ahead.weights_KBT, axis=(1, 2)))
@@ -133,7 +155,7 @@ class MedusaTraining(LanguageModelling):
 
     def _heads_flops(self, reached: bool) -> Flops:
         """Return the operations of the heads; what they read needs gradients only if the model trains with them."""
-        model, medusa = self.config.model, self.config.finetune.medusa
+        model, medusa = self.config.model, self.heads
         block, logits = 2 * model.width * model.width, 2 * model.width * model.vocabulary_size
         forward = medusa.layers * block + logits
         unneeded = 0 if reached else (block if medusa.layers else logits)
@@ -152,7 +174,7 @@ class MedusaTraining(LanguageModelling):
     def results(self, values: Mapping[str, float], validation: Validation) -> Sequence[ResultFile]:
         """Return the tree for the measured accuracies."""
         accuracy = accuracy_by_rank(values)
-        paths = best_paths(accuracy, self.config.finetune.medusa.tree_nodes)
+        paths = best_paths(accuracy, self.heads.tree_nodes)
         told = f"a tree of {len(paths) + 1} nodes, {expected_tokens(accuracy, paths):.2f} tokens a step expected"
         return [ResultFile(TREE_FILE, tree_to_json(paths, accuracy), told)]
 

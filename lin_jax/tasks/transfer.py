@@ -6,7 +6,7 @@ from each other, in one forward pass for both models (Zhang et al., LoLCATs, 202
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,10 +20,21 @@ from lin_jax.models.base import ResidualLayer
 from lin_jax.models.flops import Flops, adapter_flops
 from lin_jax.models.registry import MODELS
 from lin_jax.models.structure import Structure
-from lin_jax.settings.base import require
+from lin_jax.settings.base import require, setting
+from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.base import Batch, Loss
 from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.tasks.loss import LossSums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferFinetuneConfig(FinetuneConfig):
+    """Attention transfer: linearized layers learn to give what the softmax attention that they replace gives.
+
+    That goes on to the next layer; the loss is the mean squared error.
+    """
+
+    objective: Literal["attention_transfer"] = setting("attention_transfer", "what is learned")
 
 
 class AttentionTransfer(LanguageModelling):
@@ -33,6 +44,7 @@ class AttentionTransfer(LanguageModelling):
     model.
     """
 
+    settings = TransferFinetuneConfig
     keeps_start = True
     needs_base = True
 

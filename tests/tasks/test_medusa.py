@@ -22,11 +22,11 @@ from lin_jax.experiment import (
     Config,
     ConfigError,
     DataConfig,
-    FinetuneConfig,
     GenerateConfig,
     LlamaConfig,
     LoraConfig,
     MedusaConfig,
+    MedusaFinetuneConfig,
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
@@ -53,7 +53,7 @@ MODEL = LlamaConfig(
     feed_forward_size=24,
     attention=AugmentedConfig(local="softmax", group_size=4, convolution=3),
 )
-HEADS = FinetuneConfig(checkpoint="set below", train=(), objective="medusa", medusa=MedusaConfig(heads=3))
+HEADS = MedusaFinetuneConfig(checkpoint="set below", train=(), medusa=MedusaConfig(heads=3))
 WEIGHTED = MedusaConfig(heads=3, weight=0.3)
 JOINT = dataclasses.replace(HEADS, train=("norm",), lora=LoraConfig(rank=2))
 STEPS = 6
@@ -261,7 +261,10 @@ def test_both_train_from_a_run_of_heads(finished, settings, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["finetune.objective=language_model", "finetune.train=all"], "medusa has settings of Medusa heads"),
+        (
+            ["finetune.objective=language_model", "finetune.medusa.heads=2"],
+            r"config\.finetune\.medusa is a setting of objective=medusa, but config\.finetune\.objective is language",
+        ),
         (["finetune.medusa.heads=0"], "heads must be greater than 0"),
         (["finetune.medusa.tree_nodes=1"], "tree_nodes must be 2 or more"),
         (["finetune.checkpoint="], "give the run to start from"),

@@ -12,11 +12,11 @@ from lin_jax.experiment import (
     AugmentedConfig,
     Config,
     DataConfig,
-    FinetuneConfig,
     Gpt2Config,
     LlamaConfig,
     MeshConfig,
     SoftmaxConfig,
+    TransferFinetuneConfig,
 )
 from lin_jax.models.registry import create_model
 from lin_jax.models.structure import make_structure
@@ -102,7 +102,7 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     settings = Config(
         model=config,
         data=DataConfig(packing="segments"),
-        finetune=FinetuneConfig(checkpoint="x", train=("attention",), objective="attention_transfer"),
+        finetune=TransferFinetuneConfig(checkpoint="x", train=("attention",)),
     )
     loss = AttentionTransfer(settings).loss(structure, make_partition(MeshConfig(), jax.devices()[:1]))
     weights = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32)

@@ -31,6 +31,7 @@ from lin_jax.experiment import (
     OptimizerConfig,
     SoftmaxConfig,
     TrainConfig,
+    TransferFinetuneConfig,
 )
 from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.models.registry import create_model
@@ -173,7 +174,7 @@ def test_the_next_stage_starts_from_the_merged_model(finished, settings, tmp_pat
     """Two stages: the second run's first loss is the first run's last validation, on the same text."""
     first = settings(
         tmp_path / "transfer",
-        FinetuneConfig(checkpoint="set below", train=("attention",), objective="attention_transfer"),
+        TransferFinetuneConfig(checkpoint="set below", train=("attention",)),
     )
     train(first)
     errors = [line["loss"] for line in read_metrics(metrics_of(first)) if "loss" in line]
@@ -231,7 +232,7 @@ def test_settings_that_contradict_each_other(finetune, message):
 
 
 def test_transfer_is_for_linearized_models():
-    finetune = FinetuneConfig(checkpoint="x", train=("new",), objective="attention_transfer")
+    finetune = TransferFinetuneConfig(checkpoint="x", train=("new",))
     for model in (FlashConfig(), dataclasses.replace(MODEL, attention=SOFTMAX)):
         with pytest.raises(ConfigError, match="attention_transfer is for linearized LLaMA and GPT-2"):
             Config(model=model, finetune=finetune)

@@ -10,6 +10,7 @@ from lin_jax.experiment import (
     LlamaConfig,
     LoraConfig,
     MedusaConfig,
+    MedusaFinetuneConfig,
     MeshConfig,
     SoftmaxConfig,
 )
@@ -24,7 +25,7 @@ B, T = 2, 256
 SOFTMAX = SoftmaxConfig()
 
 
-def settings(remat="none", **finetune):
+def settings(remat="none", finetune=FinetuneConfig()):  # noqa: B008
     model = LlamaConfig(
         vocabulary_size=512,
         width=256,
@@ -37,19 +38,18 @@ def settings(remat="none", **finetune):
         remat=remat,
     )
     data = DataConfig(sequence_length=T, batch_size=B)
-    given = FinetuneConfig(**({"checkpoint": "x"} | finetune if finetune else {}))
-    return Config(model=model, data=data, finetune=given, mesh=MeshConfig(data=1))
+    return Config(model=model, data=data, finetune=finetune, mesh=MeshConfig(data=1))
 
 
-LORA = {"train": ("embedding",), "lora": LoraConfig(rank=16)}
-HEADS = {"train": (), "objective": "medusa", "medusa": MedusaConfig(heads=1)}
+LORA = FinetuneConfig(checkpoint="x", train=("embedding",), lora=LoraConfig(rank=16))
+HEADS = MedusaFinetuneConfig(checkpoint="x", train=(), medusa=MedusaConfig(heads=1))
 LOGITS = 2 * 256 * 512
 
 
 @pytest.mark.parametrize(
     ("config", "shared"),
     # Of jax 0.10 and 0.12 only one shares the logits of heads.
-    [(settings(remat="full"), [LOGITS]), (settings(**LORA), [LOGITS]), (settings(**HEADS), [LOGITS, 0])],
+    [(settings(remat="full"), [LOGITS]), (settings(finetune=LORA), [LOGITS]), (settings(finetune=HEADS), [LOGITS, 0])],
     ids=["all", "lora", "heads"],
 )
 def test_equals_the_compiled_step(config, shared):
