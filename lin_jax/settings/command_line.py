@@ -126,7 +126,8 @@ def _preset(registry: Registry[Any], text: str | None, name: str) -> tuple[str, 
     known = f"one of {', '.join(presets)}"
     if text is None:
         raise ConfigError(f"{name} needs a value ({known}), or set its fields: --{name}.field=value")
-    require(text in presets, f"{name} must be {known}, but is {shown(text)}{nearest(text, presets)}")
+    if text not in presets:
+        raise ConfigError(f"{name} must be {known}, but is {shown(text)}{nearest(text, presets)}")
     variant, values = presets[text]
     return variant, dict(values)
 

@@ -19,7 +19,8 @@ def registry_of(field: Any) -> Registry[Any] | None:
 def find_field(kind: Any, key: str, name: str) -> Any:
     """Return a field of the section `name`, which is a `kind`; raise `ConfigError` where it has none of this name."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    require(key in fields, f"unknown field {name}.{key}{nearest(key, fields)}")
+    if key not in fields:
+        raise ConfigError(f"unknown field {name}.{key}{nearest(key, fields)}")
     return fields[key]
 
 
