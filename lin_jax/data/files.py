@@ -76,13 +76,41 @@ def _matches(pattern: str, setting: str) -> list[str]:
     if is_remote(pattern):
         return _remote_matches(pattern, setting)
     path = os.path.expanduser(pattern)
+    require("\0" not in path, f"{setting}: a path holds a NUL character")
     require(not os.path.isdir(path), f"{setting}: {pattern} is a directory; give its files, such as {pattern}/*.txt")
-    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, _glob(path)))
     problem = "matches no file" if glob.has_magic(pattern) else "does not exist"
+    problem = "is not a file" if os.path.lexists(path) else problem
     require(bool(found), f"{setting}: {pattern} {problem}; give text files with --config.{setting}=FILE_OR_GLOB")
     for name in found:
         require(os.access(name, os.R_OK), f"{setting}: {name} may not be read; change its permissions")
     return found
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """Yield the paths that a glob matches. Below ** each directory counts once, also where links make a circle."""
+    pattern += os.sep + "*" if pattern.endswith(os.sep + "**") or pattern == "**" else ""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    place = parts.index("**")
+    before, after = os.sep.join([*parts[:place], ""]), os.sep.join(parts[place + 1 :])
+    seen: set[str] = set()
+    for top in sorted(glob.iglob(before)) if before else [""]:
+        for directory in _directories(top or os.curdir, seen):
+            # Names in the working directory begin without ./ as those of other globs do.
+            yield from _glob(os.path.join(glob.escape(directory if top else directory[2:]), after))
+
+
+def _directories(top: str, seen: set[str]) -> Iterator[str]:
+    """Yield a directory and those below it but for hidden ones, each once by its real path, which `seen` keeps."""
+    for directory, below, _ in os.walk(top, followlinks=True):
+        real = os.path.realpath(directory)
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield directory
 
 
 def _is_lines(name: str) -> bool:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -26,6 +26,7 @@ from lin_jax.paths import check_remote, copy_directory, is_remote, write_whole
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.data import DataConfig
 from lin_jax.settings.foreign import read_object
+from lin_jax.settings.typed import shown
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # More text changes the merges of a learned vocabulary little.
@@ -177,9 +178,8 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32."""
-        # Unlike encode, the batch form lets other threads run meanwhile, and computes no offsets.
-        encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
-        return np.array(encoding.ids, np.int32)
+        # Without offsets, which take time.
+        return np.array(_encoding(self._backend.encode_batch_fast, text).ids, np.int32)
 
     def border(self, text: str, position: int, reach: int) -> int | None:
         """Return the nearest border that is one whether or not the ends of the text are cut off."""
@@ -195,7 +195,7 @@ class LibraryTokenizer(Tokenizer):
         Two words, as the tokenizer splits a text, never do. Where the tokens of a word are made by merging, none
         reaches across two characters that stand beside each other in no token.
         """
-        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        encoding = _encoding(self._backend.encode_batch, text)
         pairs = itertools.pairwise(zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.word_ids, strict=True))
         return {
             (begin, id_before, id_after)
@@ -215,7 +215,7 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_between(self, text: str, start: int, stop: int) -> tuple[np.ndarray, int, int]:
         """Return the tokens of a text, and which of them lie between two borders."""
-        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        encoding = _encoding(self._backend.encode_batch, text)
         begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
         first = 0 if start == 0 else int(np.searchsorted(begins, start))
         beyond = len(begins) if stop == len(text) else int(np.searchsorted(begins, stop))
@@ -240,6 +240,20 @@ class LibraryTokenizer(Tokenizer):
         """Write the tokenizer in the library's own format."""
         info = {"kind": "tokenizers", "end_id": self.end_id, "begin_id": self.begin_id, "end_ids": self.end_ids}
         _write_files(directory, {_LIBRARY_FILE: self._backend.to_str(), _INFO: json.dumps(info)})
+
+
+def _encoding(encode: Callable[..., list[tokenizers.Encoding]], text: str) -> tokenizers.Encoding:
+    """Return the encoding of a text by a method for several, which, unlike that for one, lets other threads run.
+
+    Raises:
+        ConfigError: a pattern of the tokenizer tries more ways to match the text than its library allows.
+    """
+    try:
+        return encode([text], add_special_tokens=False)[0]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # The library's own, of no module that could be imported.
+            raise
+        raise ConfigError(f"the tokenizer fails at {shown(text)}: {first_line(error)}") from error
 
 
 def load_tokenizer(config: DataConfig, cache_directory: epath.PathLike) -> Tokenizer:

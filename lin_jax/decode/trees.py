@@ -4,18 +4,20 @@ import heapq
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.foreign import read_json
+from lin_jax.settings.typed import fit
 
 # A path is the rank of the guess at each depth, below the root.
 TreePath = tuple[int, ...]
+# Every node is compared with every other one; published trees have 64. So many, on paths of some depth, take this much.
+MOST_NODES, _MAX_BYTES = 4096, 1 << 20
 
 
 def find_tree(name: str) -> Tree:
-    """The tree of a setting: a published one, or that of a .json file.
+    """Return the tree of a setting: a published one, or that of a .json file.
 
     The file holds a list of paths such as [[0], [1], [0, 0]], alone or under "paths".
 
@@ -27,21 +29,17 @@ def find_tree(name: str) -> Tree:
     require(
         name.endswith(".json"), f"unknown tree {name!r}; there are {', '.join(TREES)}, or a .json file with its paths"
     )
+    values = read_json(name, limit=_MAX_BYTES)
+    nested = values.get("paths") if isinstance(values, dict) else values
+    paths = fit(nested, list[list[int]], f"{name}: the list of paths, such as [[0], [1], [0, 0]],")
+    require(
+        len(paths) < MOST_NODES,
+        f"{name}: a tree has at most {MOST_NODES} nodes, and its root is one of them",
+    )
     try:
-        values = json.loads(Path(name).read_text(encoding="utf-8"))
-        return tree_from_paths(_checked(values.get("paths") if isinstance(values, dict) else values))
-    except OSError as error:
-        raise ConfigError(f"tree={name} cannot be read: {error.strerror}") from error
+        return tree_from_paths(paths)
     except ValueError as error:
-        raise ConfigError(f"tree={name} holds no paths of a tree: {error}") from error
-
-
-def _checked(paths: Any) -> list[list[int]]:
-    """Raise `ValueError` unless these are lists of whole numbers."""
-    lists = isinstance(paths, list) and all(isinstance(path, list) for path in paths)
-    if not lists or not all(type(rank) is int for path in paths for rank in path):
-        raise ValueError("it must be a list such as [[0], [1], [0, 0]]")
-    return paths
+        raise ConfigError(f"{name} holds no paths of a tree: {error}") from error
 
 
 def tree_to_json(paths: Iterable[TreePath], accuracy: Sequence[Sequence[float]]) -> str:

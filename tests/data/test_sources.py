@@ -1,7 +1,9 @@
 """Sources: every document once, in one of the two splits, whatever the form of the files."""
 
+import glob
 import gzip
 import json
+import os
 import re
 import tracemalloc
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from lin_jax.data import index as index_module
 from lin_jax.data import sources
+from lin_jax.data.files import text_files
 from lin_jax.data.holdout import held_out
 from lin_jax.data.sources import open_source
 from lin_jax.experiment import ConfigError, DataConfig
@@ -245,3 +248,39 @@ def test_the_fingerprint_tells_where_documents_lie(text_config, tmp_path):
         for changed in (texts, ["one", "owt", "three"], ["on", "etwo", "three"], texts[:2])
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def names_of(pattern):
+    return [file.name for file in text_files((str(pattern),), "data.path", "cache")]
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    """Two links in a directory to itself make 2**40 paths, more than anybody waits for."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/1.txt", "a/b/2.txt", "a/b/3.md"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "4.txt").write_text("text")
+    for link in ("a/x", "a/y", "a/b/z"):
+        (tmp_path / link).symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    expected = [str(tmp_path / name) for name in ("a/1.txt", "a/b/2.txt", "a/link/4.txt")]
+    assert names_of(tmp_path / "a" / "**" / "*.txt") == expected
+    assert names_of(tmp_path / "a" / "**") == sorted([*expected, str(tmp_path / "a/b/3.md")])
+    assert names_of(tmp_path / "*" / "b" / "**" / "2.txt") == [str(tmp_path / "a/b/2.txt")]
+
+
+def test_globs_mean_what_they_mean_elsewhere(tmp_path, monkeypatch):
+    for name in ("a/1.txt", "a/b/2.txt", "a/b/c/3.txt", "d/4.txt", ".hidden/5.txt", "a/.hidden/6.txt", "7.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**/*.txt", "a/**/*.txt", "*/*.txt", "**/b/*.txt", "**/b/**/*.txt", f"{tmp_path}/**/?.txt", "a/**"):
+        assert names_of(pattern) == sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) != []
+
+
+@pytest.mark.parametrize(("path", "message"), [("pipe.txt", "is not a file"), ("/dev/zero", "is not a file")])
+def test_pipes_and_devices_are_no_text(tmp_path, path, message):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match=message):
+        names_of(tmp_path / path)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lin_jax.data.tokenizers import BytesTokenizer, load_tokenizer, restore_tokenizer
+from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.experiment import ConfigError, DataConfig
 
 STORIES = [f"The cat number {number} sat on the mat. <|endoftext|> é 猫\n" for number in range(100)]
@@ -261,3 +261,19 @@ def test_a_tokenizer_of_nothing_but_special_tokens_is_none(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="it knows no tokens but special ones"):
         load(tmp_path)
+
+
+def test_a_pattern_that_backtracks_without_end_is_refused_in_one_line():
+    """(a+)+$ tries all 2**999 ways to cut the letters into words."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate("abc")}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    tokenizer = LibraryTokenizer(backend, end_id=0, begin_id=None)
+    text = "a" * 1000 + "c"
+    for ask, arguments in (("encode", ()), ("border", (500, 100)), ("encode_between", (0, 500))):
+        with pytest.raises(ConfigError, match='the tokenizer fails at "aaaa.*retry-limit-in-match') as error:
+            getattr(tokenizer, ask)(text, *arguments)
+        assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(tokenizer.encode("aab"), [0, 0, 1])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -57,15 +58,24 @@ def test_a_tree_is_read_back(tmp_path):
     assert find_tree("mc_sim_7b_63") is TREES["mc_sim_7b_63"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "cannot be read"), ("[[0", "holds no paths"), ("[[0], [1, 0]]", "needs the path"), ("{}", "holds no paths")]
-    + [("[1]", "holds no paths"), ('[["a"]]', "holds no paths")],
-)
-def test_a_file_without_a_tree_is_refused_in_one_line(tmp_path, text, message):
+NOT_PATHS = ["{}", "[1]", '[["a"]]', "[[1.5]]", "[[true]]", "[[null]]", "[{}]", "null", "3", '"a"', '{"paths": 1}']
+NOT_PATHS += ["[[0", "[[1e999]]", "[[NaN]]", "[[" + "1" * 400 + "]]", "[" * 1000 + "]" * 1000, '{"paths": {"a": [0]}}']
+NOT_PATHS += ['[["\\ud800"]]', '[["\\u0000"]]', "[[0], [1, 0]]", "[[0], [0]]", "[[]]", "[[-1]]", '{"paths": null}']
+
+
+@pytest.mark.parametrize("text", NOT_PATHS)
+def test_a_file_without_a_tree_is_refused_in_one_line(tmp_path, text):
     file = tmp_path / "tree.json"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ConfigError, match=message) as error:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="tree.json") as error:
         find_tree(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_of_a_reasonable_size_is_refused(tmp_path):
+    (tmp_path / "wide.json").write_text(json.dumps([[rank] for rank in range(20_000)]))
+    os.mkfifo(tmp_path / "pipe.json")
+    cases = {"absent": "does not exist", "pipe": "is not a file", "wide": "at most 4096 nodes"}
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            find_tree(str(tmp_path / f"{name}.json"))
