@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lin_jax.attentions.registry import preset_names
 from lin_jax.convert.program import convert
-from lin_jax.experiment import ConfigError
 from lin_jax.settings.command_line import OneLineParser
+from lin_jax.settings.program import exit_code
 
 
 def make_parser() -> OneLineParser:
@@ -39,17 +39,17 @@ def make_parser() -> OneLineParser:
     return parser
 
 
+def run(arguments: Sequence[str] | None) -> None:
+    """Convert what is asked for."""
+    known, overrides = make_parser().parse_with_settings(arguments)
+    settings = {name: value for name, value in vars(known).items() if name not in ("input", "output")}
+    convert(known.input, known.output, overrides=overrides, **settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program, and return its exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
-    try:
-        known, overrides = make_parser().parse_with_settings(arguments)
-        settings = {name: value for name, value in vars(known).items() if name not in ("input", "output")}
-        convert(known.input, known.output, overrides=overrides, **settings)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":
