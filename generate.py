@@ -16,48 +16,42 @@ For example, three samples of each prompt, each a paragraph, with guesses from t
 """
 
 import argparse
+import contextlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
-from lin_jax.convert.load import load, tokenizer_files_of
-from lin_jax.decode.arguments import config_of, make_parser
-from lin_jax.decode.chat import ChatTemplate, talk
-from lin_jax.decode.jsonl import make_job
-from lin_jax.decode.stream import print_texts
-from lin_jax.decode.text import TextGenerator
-from lin_jax.experiment import ConfigError
+from lin_jax.settings.program import exit_code
 
 
-def run(given: argparse.Namespace) -> None:
+def run(arguments: Sequence[str] | None) -> None:
     """Do what is asked for; what can be checked without the model is checked before it is read."""
+    # Imported here because it takes seconds, in which Ctrl-C is answered already.
+    from lin_jax.convert.load import load, tokenizer_files_of
+    from lin_jax.decode.arguments import config_of, make_parser
+    from lin_jax.decode.chat import ChatTemplate, talk
+    from lin_jax.decode.jsonl import make_job
+    from lin_jax.decode.stream import print_texts
+    from lin_jax.decode.text import TextGenerator
+
+    given: argparse.Namespace = make_parser(__doc__).parse_args(arguments)
     config = config_of(given)
-    files = given.prompt_file, given.output
-    job = make_job(*files, given.checkpoint, resume=given.resume, overwrite=given.overwrite)
-    template = ChatTemplate(tokenizer_files_of(given.checkpoint)) if given.chat else None
-    generator = TextGenerator(*load(given.checkpoint, dtype=given.dtype), config)
-    if job is not None:
-        job.run(generator)
-    elif template is not None:
-        talk(generator, template)
-    else:
-        print_texts(generator, given.prompt)
+    job = make_job(given.prompt_file, given.output, given.checkpoint, resume=given.resume, overwrite=given.overwrite)
+    chat = contextlib.closing(ChatTemplate(tokenizer_files_of(given.checkpoint))) if given.chat else None
+    with chat or contextlib.nullcontext() as template:
+        generator = TextGenerator(*load(given.checkpoint, dtype=given.dtype), config)
+        if job is not None:
+            job.run(generator)
+        elif template is not None:
+            talk(generator, template)
+        else:
+            print_texts(generator, given.prompt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program, and return its exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
-    try:
-        run(make_parser(__doc__).parse_args(arguments))
-    except BrokenPipeError:  # Who reads has seen enough; what is still buffered must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ def check_remote(path: str, name: str) -> None:
         raise ConfigError(f"{name}: {path} cannot be reached: {first_line(error)}") from error
 
 
+def require_writable(file: epath.PathLike, name: str) -> None:
+    """Raise `ConfigError` unless a file can be written later, as far as that can be known; `name` is its setting's."""
+    if is_remote(file):
+        return
+    path = Path(file).absolute()
+    require(not path.is_dir(), f"{name} {file} is a directory: give a file")
+    require(path.is_file() or not path.exists(), f"{name} {file} is not a file: give another")
+    require(path.parent.is_dir(), f"{name} {file}: there is no directory {Path(file).parent}")
+    require(os.access(path.parent, os.W_OK | os.X_OK), f"{name} {file}: {Path(file).parent} may not be written to")
+
+
 def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:
     """Copy a file, either of which may be remote."""
     epath.Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """generate.py as a user calls it: texts that stream, jobs that resume, conversations, and wrong input in one line."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -52,6 +54,7 @@ MODEL = LlamaConfig(
 SOFTMAX = dataclasses.replace(MODEL, attention=SoftmaxConfig())
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 12, "block": 4, "prefill_chunk": 8, "batch_size": 3}
 FLAGS = [text for name, value in SAMPLED.items() for text in (f"--{name}", str(value))]
+CHAT_FLAGS = FLAGS[: FLAGS.index("--batch_size")]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} </s>{% endfor %}{{ 'a' if add_generation_prompt }}"
 
 
@@ -150,7 +153,7 @@ def test_a_resumed_job_gives_the_file_of_an_undisturbed_one(loaded, tmp_path):
     assert told[-1] == f"interrupted: {cut} has 3 of 7 lines; --resume goes on"
     # Other settings would mix; those that change no text may change.
     other = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, temperature=0.5))
-    with pytest.raises(ConfigError, match="was begun with temperature=1.0: give the same, or --overwrite"):
+    with pytest.raises(ConfigError, match="was begun with temperature=1.0: give the same, --overwrite"):
         Job(tmp_path / "in.jsonl", cut, resume=True).run(TextGenerator(*loaded, other))
     config = dataclasses.replace(config, batch_size=2, draft="lookup")
     # One sample of a line alone, and a line that was cut off.
@@ -164,16 +167,22 @@ def test_a_resumed_job_gives_the_file_of_an_undisturbed_one(loaded, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole.jsonl", "cut.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    """A run whose tokenizer has a chat template."""
-    directory = tmp_path_factory.mktemp("talker") / "run"
+def byte_level():
+    """A tokenizer of bytes and </s>."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE({token: i for i, token in enumerate(["</s>", *sorted(alphabet)])}, [])
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A run whose tokenizer has a chat template."""
+    directory = tmp_path_factory.mktemp("talker") / "run"
+    backend = byte_level()
     files = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=TEMPLATE)
     save(directory, MODEL, LibraryTokenizer(backend, end_id=0, begin_id=None))
     files.save_pretrained(tokenizer_directory(str(directory)) / "hugging_face")
@@ -183,9 +192,10 @@ def talker(tmp_path_factory):
 def test_a_conversation_is_written_by_the_template(talker):
     model, tokenizer = lin_jax.load(talker)
     config = make_config(SAMPLED)
-    chat = Chat(TextGenerator(model, tokenizer, config), ChatTemplate(talker / "tokenizer" / "hugging_face"))
-    first = "".join(chat.say("Hi"))
-    second = "".join(chat.say("</s>Why?"))
+    with contextlib.closing(ChatTemplate(talker / "tokenizer" / "hugging_face")) as template:
+        chat = Chat(TextGenerator(model, tokenizer, config), template)
+        first = "".join(chat.say("Hi"))
+        second = "".join(chat.say("</s>Why?"))
 
     def answer(*parts):
         """By token ids: 0 wherever </s> stands, which the template and the user write alike."""
@@ -224,7 +234,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(talker, capsys, monkeypatch):
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(TextGenerator, "reply", interrupted)
-    assert program.main(["--checkpoint", str(talker), "--chat", *FLAGS]) == 0
+    assert program.main(["--checkpoint", str(talker), "--chat", *CHAT_FLAGS]) == 0
     first, empty, second, end = capsys.readouterr().out.split("\n")
     assert first and second and not empty and not end and len(calls) == 2
     assert lin_jax.load(talker)[1].decode(calls[1]) == f"u Hi </s>a {first} </s>u More </s>a"
@@ -241,6 +251,16 @@ def bad_lines(tmp_path):
     (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "a" * 40}) + "\n")
     (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "null.jsonl").write_text('{"prompt": null}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a\\ud800"}\n')
+    (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "b": ' + "[" * 1000 + "]" * 1000 + "}\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "wide.json").write_text(json.dumps([[rank] for rank in range(20_000)]))
+    (tmp_path / "deep.json").write_text(json.dumps([[0] * depth for depth in range(1, 500)]))
+    (tmp_path / "rank.json").write_text("[[0], [1000000000]]")
+    (tmp_path / "begun.jsonl").write_text('{"prompt": "a", "line": 1, "sample": 1, "completion": "", "tokens": 1}\n')
     (tmp_path / "made.jsonl").write_text('{"prompt": "b", "line": 1, "sample": 0, "completion": "", "tokens": 1}\n')
 
 
@@ -256,15 +276,15 @@ BAD = {
     "no token '<nothing>'": ["augmented", "--prompt", "a", "--stop_tokens", "<nothing>"],
     "absent is neither a file, nor a directory": ["{}/absent", "--prompt", "a"],
     "one of the arguments --prompt --prompt_file --chat is required": ["augmented"],
-    "unrecognized arguments: --warmth": ["augmented", "--prompt", "a", "--warmth=1"],
+    'unexpected argument "--warmth=1"': ["augmented", "--prompt", "a", "--warmth=1"],
     "--output, --resume and --overwrite are for --prompt_file": ["augmented", "--prompt", "a", "--output", "x.jsonl"],
     "--prompt_file needs --output": ["augmented", "--prompt_file", "{}/good.jsonl"],
-    "broken.jsonl, line 3: no JSON": ["augmented", "--prompt_file", "{}/broken.jsonl"],
-    "field.jsonl, line 2: there is no field 'prompt'": ["augmented", "--prompt_file", "{}/field.jsonl"],
+    "broken.jsonl, line 3 is not JSON": ["augmented", "--prompt_file", "{}/broken.jsonl"],
+    "field.jsonl, line 2: prompt is missing": ["augmented", "--prompt_file", "{}/field.jsonl"],
     "none.jsonl has no prompts": ["augmented", "--prompt_file", "{}/none.jsonl"],
-    "empty.jsonl, line 1: the prompt is empty": ["augmented", "--prompt_file", "{}/empty.jsonl"],
-    "list.jsonl, line 1: must be an object": ["augmented", "--prompt_file", "{}/list.jsonl"],
-    "number.jsonl, line 1: the prompt must be a text, but is 3": ["augmented", "--prompt_file", "{}/number.jsonl"],
+    "empty.jsonl, line 1: prompt is empty": ["augmented", "--prompt_file", "{}/empty.jsonl"],
+    "list.jsonl, line 1: the line must be an object": ["augmented", "--prompt_file", "{}/list.jsonl"],
+    "number.jsonl, line 1: prompt must be text, but is 3": ["augmented", "--prompt_file", "{}/number.jsonl"],
     "taken.jsonl, line 1": ["augmented", "--prompt_file", "{}/taken.jsonl"],
     "long.jsonl, line 2: 52 tokens are more": ["softmax", "--prompt_file", "{}/long.jsonl", "--max_new_tokens", "12"],
     "absent.jsonl": ["augmented", "--prompt_file", "{}/absent.jsonl"],
@@ -276,24 +296,152 @@ BAD = {
     "is a directory": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}", "--overwrite"],
     "is the input": ["augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/good.jsonl", "--overwrite"],
     "chat needs a tokenizer in Hugging Face's form": ["augmented", "--chat"],
+    "null.jsonl, line 1: prompt is missing": ["augmented", "--prompt_file", "{}/null.jsonl"],
+    "half.jsonl, line 1: a text holds half of a surrogate pair": ["augmented", "--prompt_file", "{}/half.jsonl"],
+    "deep.jsonl, line 1: arrays and objects are nested": ["augmented", "--prompt_file", "{}/deep.jsonl"],
+    "latin.jsonl, line 1 is not UTF-8": ["augmented", "--prompt_file", "{}/latin.jsonl"],
+    "pipe.jsonl is not a file": ["augmented", "--prompt_file", "{}/pipe.jsonl"],
+    "/dev/zero is not a file": ["augmented", "--prompt_file", "/dev/zero"],
+    "begun.jsonl has no begun.jsonl.settings beside it": [
+        *("augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/begun.jsonl", "--resume")
+    ],
+    "pipe.jsonl is not a file: give another": [
+        *("augmented", "--prompt_file", "{}/good.jsonl", "--output", "{}/pipe.jsonl", "--overwrite")
+    ],
+    "prompt 0 is not UTF-8": ["augmented", "--prompt", "a\udcff"],
+    "pipe.json is not a file": ["few", "--prompt", "a", "--draft", "medusa", "--tree", "{}/pipe.json"],
+    "wide.json: a tree has at most 4096 nodes": [
+        *("few", "--prompt", "a", "--draft", "medusa", "--tree", "{}/wide.json")
+    ],
+    "deep.json is 499 guesses deep": ["few", "--prompt", "a", "--draft", "medusa", "--tree", "{}/deep.json"],
+    "rank.json takes guess 1000000001, but there are 257 tokens": [
+        *("few", "--prompt", "a", "--draft", "medusa", "--tree", "{}/rank.json")
+    ],
+    "max_new_tokens must be at most": ["augmented", "--prompt", "a", "--max_new_tokens", "1000000000000"],
+    "samples must be at most": ["augmented", "--prompt", "a", "--samples", "1000000000"],
+    "batch_size must be at most": ["augmented", "--prompt", "a", "--batch_size", "1000000000"],
+    "lookup_tokens must be at most": [
+        *("augmented", "--prompt", "a", "--draft", "lookup", "--lookup_tokens", "100000")
+    ],
+    "samples must be greater than 0, but is 0": ["augmented", "--prompt", "a", "--samples", "0"],
+    "block must be greater than 0, but is -1": ["augmented", "--prompt", "a", "--block", "-1"],
+    "GB: lower batch_size, max_new_tokens": [
+        *("augmented", "--prompt", "a", "--samples", "65536", "--batch_size", "65536", "--max_new_tokens", "16777216")
+    ],
+    "tree is for draft=medusa": ["augmented", "--prompt", "a", "--tree", "vicuna_7b_stage2"],
+    "lookup_tokens, lookup_match is for draft=lookup": [
+        *("augmented", "--prompt", "a", "--lookup_tokens", "7", "--lookup_match", "3")
+    ],
+    "typical_alpha is for acceptance=typical": ["augmented", "--prompt", "a", "--typical_alpha", "0.1"],
+    "acceptance changes nothing without guesses": [
+        *("augmented", "--prompt", "a", "--acceptance", "typical", "--temperature", "1")
+    ],
+    "top_p changes nothing at temperature=0": ["augmented", "--prompt", "a", "--top_p", "0.9", "--top_k", "0"],
+    "batch_size is not for --chat": ["augmented", "--chat", "--batch_size", "2"],
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_wrong_input_is_refused_in_one_line(models, tmp_path, capsys, message):
     bad_lines(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     name, *arguments = (text.format(tmp_path) for text in BAD[message])
     if "--prompt_file" in arguments and "--output" not in arguments and message != "--prompt_file needs --output":
         arguments += ["--output", str(tmp_path / "new.jsonl")]
     assert message in refused(["--checkpoint", models / name, *arguments], capsys)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_a_chat_needs_a_template(talker, tmp_path, capsys):
     shutil.copytree(talker, tmp_path / "run")
     (tmp_path / "run" / "tokenizer" / "hugging_face" / "chat_template.jinja").unlink()
     assert "chat needs a chat template, but" in refused(["--checkpoint", tmp_path / "run", "--chat"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("template", "seconds", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 1, "not end in 1 seconds"),
+        ("{{ 'a' * 100000000000 }}", 1, "too much memory"),
+        ("{{ 'a' * 5000000 }}", 100, "it gives 5000000 tokens"),
+        ("{{ raise_exception('no such role') }}", 100, "no such role"),
+        ("{{ 1 // 0 }}", 100, "zero"),
+    ],
+    ids=["endless", "memory", "tokens", "refuses", "raises"],
+)
+def test_a_template_that_does_not_end_or_explodes_is_refused(talker, tmp_path, template, seconds, message):
+    files = tmp_path / "tokenizer"
+    shutil.copytree(talker / "tokenizer" / "hugging_face", files)
+    (files / "chat_template.jinja").write_text(template)
+    with contextlib.closing(ChatTemplate(files, seconds)) as made, pytest.raises(ConfigError, match=message) as error:
+        made.tokens([{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(error.value)
+
+
+def test_a_job_goes_on_with_the_model_and_the_prompts_that_it_was_begun_with(models, loaded, tmp_path):
+    """Whatever stands at the model's path, and however the path is written."""
+    write_prompts(tmp_path / "in.jsonl")
+    config, target = make_config(SAMPLED), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path / "in.jsonl", target, "run").run(Interrupted(*loaded, config))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = create_model(MODEL, nnx.Rngs(0))
+    other_tokenizer = LibraryTokenizer(byte_level(), end_id=0, begin_id=None)
+    narrow = lin_jax.load(models / "augmented", dtype="bfloat16")
+    for model, tokenizer in ((other, loaded[1]), (loaded[0], other_tokenizer), narrow):
+        with pytest.raises(ConfigError, match="was begun with another model or tokenizer"):
+            Job(tmp_path / "in.jsonl", target, "run", resume=True).run(TextGenerator(model, tokenizer, config))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    lines = (tmp_path / "in.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text(lines.replace('"nested": {"a": [4]}', '"nested": {"a": [7]}'))
+    with pytest.raises(ConfigError, match="was begun with another --prompt_file"):
+        Job(tmp_path / "in.jsonl", target, "run", resume=True).run(TextGenerator(*loaded, config))
+    (tmp_path / "in.jsonl").write_text(lines)
+    Job(tmp_path / "in.jsonl", target, "./run/", resume=True).run(TextGenerator(*loaded, config))
+    assert len(target.read_text().splitlines()) == 7
+
+
+WRONG = ["null", "true", "1", "1.5", '"a"', "[]", "{}", "[1]", '{"a": 1}', "1e999", "NaN", '"\\ud800"', "1" * 400]
+WRONG += ["[" * 1000 + "]" * 1000, '"\\u0000"']
+
+
+def test_settings_of_a_job_of_another_kind_are_refused_in_one_line(loaded, tmp_path):
+    """Every field with every wrong value, and the whole file."""
+    write_prompts(tmp_path / "in.jsonl")
+    config, target = make_config(SAMPLED), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path / "in.jsonl", target).run(Interrupted(*loaded, config))
+    settings = tmp_path / "out.jsonl.settings"
+    good, generator = json.loads(settings.read_text()), TextGenerator(*loaded, config)
+    contents = WRONG + [
+        json.dumps(good).replace(f"{json.dumps(field)}: {json.dumps(value)}", f"{json.dumps(field)}: {text}")
+        for field, value in good.items()
+        for text in WRONG
+        # Any text names a checkpoint, and these lists are empty.
+        if (field, text) not in {("checkpoint", '"a"'), ("stop", "[]"), ("stop_tokens", "[]")}
+    ]
+    assert len(set(contents)) == len(contents) and json.dumps(good) not in contents
+    for content in contents:
+        settings.write_text(content)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError) as error:
+            Job(tmp_path / "in.jsonl", target, resume=True).run(generator)
+        assert "out.jsonl" in str(error.value) and "\n" not in str(error.value)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("field", ["prompt", "line", "sample", "completion", "tokens"])
+def test_lines_of_wrong_types_are_refused_in_one_line(tmp_path, field):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    values = {"prompt": '"a"', "line": "1", "sample": "0", "completion": '""', "tokens": "1"}
+    right = {"1"} if field in ("line", "sample", "tokens") else {'"a"', '"\\u0000"'}
+    for text in set(WRONG) - right:
+        fields = values | {field: text}
+        source.write_text('{"prompt": ' + (text if field == "prompt" else '"a"') + "}\n")
+        target.write_text("{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}\n")
+        with pytest.raises(ConfigError, match="line 1") as error:
+            Job(source, target, resume=True)
+        assert "\n" not in str(error.value)
 
 
 def test_every_setting_is_an_argument_with_its_documentation(capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lin_jax.decode.text import make_config
+from lin_jax.settings.base import require
 from lin_jax.settings.command_line import OneLineParser
 from lin_jax.settings.generate import GenerateConfig, SamplingConfig
 from lin_jax.settings.typed import annotations_of
@@ -47,6 +48,9 @@ def _add_settings(group: Any, section: Any) -> None:
 
 def config_of(given: argparse.Namespace) -> GenerateConfig:
     """The settings among what was parsed; raises `ConfigError` for a wrong value."""
+    require(
+        not given.chat or "batch_size" not in given, "batch_size is not for --chat, where there is one answer at a time"
+    )
     names = [name for section in _GROUPS.values() for name in _fields(section) if name in given]
     values = {name: getattr(given, name) for name in names}
     return make_config({name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

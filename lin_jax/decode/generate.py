@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lin_jax.decode.accept import accept_exact, accept_typical
 from lin_jax.decode.draft import from_heads, lookup
+from lin_jax.decode.memory import bytes_of, require_memory
 from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
 from lin_jax.decode.trees import find_tree
 from lin_jax.models.base import Decoder, DecoderState, unstacked
@@ -101,16 +103,39 @@ class Generator:
         """
         self.model = unstacked(model)
         self.config = config
+        self._fitting: set[tuple[int, int]] = set()
         self._plan = _Plan(_compiled(config), _tree(model, config, heads), tuple(sorted(set(stop_ids))))
         parts = (self.model, heads if config.draft == "medusa" else None)
         split = [(None, None) if part is None else nnx.split(part) for part in parts]
         self._graphs, self._arrays = tuple(graph for graph, _ in split), tuple(arrays for _, arrays in split)
 
-    def needed(self, length: int) -> int:
-        """Tokens of a sequence whose prompt has `length`; raises `ConfigError` for more than the model takes."""
-        needed = length + self.config.max_new_tokens
+    def capacity(self, longest: int, rows: int) -> int:
+        """Return the tokens that a batch has room for in each row; the longest prompt has `longest`.
+
+        Raises:
+            ConfigError: that is more than the model takes, or than the memory does.
+        """
+        needed = longest + self.config.max_new_tokens
         self.model.check_decodable(needed)
-        return needed
+        rounded = _rounded(needed)
+        capacity = min(rounded, max(needed, getattr(self.model.config, "positions", rounded)))
+        if (rows, capacity) not in self._fitting:
+            state = bytes_of(lambda: self.model.empty_state(rows, capacity))
+            texts = 4 * rows * capacity
+            logits = 4 * rows * self.tree.nodes * self.model.config.vocabulary_size
+            fix = "lower batch_size, max_new_tokens, or what is guessed at a time"
+            require_memory(state + texts + logits, f"generation of {rows} texts of {needed:,} tokens at a time", fix)
+            self._fitting.add((rows, capacity))
+        return capacity
+
+    def fingerprint(self) -> str:
+        """Return a checksum of the model: settings and parameters, and those of heads where they decide tokens."""
+        found = hashlib.sha256(repr(self.model.config).encode())
+        for arrays in self._arrays[: 2 if self.config.acceptance == "typical" else 1]:
+            for path, leaf in jax.tree.leaves_with_path(arrays):
+                found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+                found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        return found.hexdigest()
 
     def start(
         self,
@@ -134,9 +159,7 @@ class Generator:
         """
         require(all(len(prompt) for prompt in prompts), "a prompt is empty: give at least one token")
         B, lengths = rows or len(prompts), [len(prompt) for prompt in prompts]
-        needed = self.needed(max(lengths))
-        rounded = _rounded(needed)
-        capacity = min(rounded, max(needed, getattr(self.model.config, "positions", rounded)))
+        capacity = self.capacity(max(lengths), B)
         text_BX, length_B = np.zeros((B, capacity), np.int32), np.zeros(B, np.int32)
         for row, prompt in enumerate(prompts):
             text_BX[row, : len(prompt)], length_B[row] = prompt, len(prompt)
@@ -250,6 +273,8 @@ def _tree(model: Decoder, config: GenerateConfig, heads: MedusaHeads | None) -> 
         tree.height - 1 <= count,
         f"tree={config.tree} is {tree.height - 1} guesses deep, but the model has {count} Medusa heads",
     )
+    V = model.config.vocabulary_size
+    require(tree.widest_rank <= V, f"tree={config.tree} takes guess {tree.widest_rank}, but there are {V} tokens")
     return tree
 
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +13,14 @@ from typing import Any
 
 import tqdm
 
+from lin_jax.data.lines import MAX_BYTES, read_lines
 from lin_jax.decode.speed import Speed
 from lin_jax.decode.text import TextGenerator
+from lin_jax.paths import require_writable, write_whole
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.foreign import Fields, line_object, read_bytes, read_object
 from lin_jax.settings.generate import GenerateConfig
+from lin_jax.settings.typed import shown
 
 # What a line of the output has besides the fields of the input.
 ADDED = ("line", "sample", "completion", "tokens")
@@ -62,7 +66,7 @@ class Job:
         Args:
             source: lines `{"prompt": TEXT, ...}`.
             target: the output.
-            model: its name, for the settings.
+            model: its name, which is noted beside the output; what it holds is compared by a checksum.
             resume: keep what the output holds of this input; it may also not exist.
             overwrite: replace the output.
 
@@ -70,10 +74,12 @@ class Job:
             ConfigError: a line is wrong, or the output exists.
         """
         require(not (resume and overwrite), "--resume keeps the output and --overwrite replaces it: give one of them")
-        require(source.absolute() != target.absolute(), f"--output {target} is the input: choose another")
+        same = source.absolute() == target.absolute() or (
+            target.exists() and source.exists() and source.samefile(target)
+        )
+        require(not same, f"--output {target} is the input: choose another")
         self.source, self.target, self._model, self._resume = source, target, model, resume
-        require(not target.is_dir(), f"--output {target} is a directory: choose another")
-        require(target.absolute().parent.is_dir(), f"--output {target}: there is no directory {target.parent}")
+        require_writable(target, "--output")
         require(
             resume or overwrite or not target.exists(),
             f"{target} exists: give --resume to go on with it, --overwrite to replace it, or another --output",
@@ -87,13 +93,13 @@ class Job:
         Raises:
             ConfigError: a prompt is too long, or the output was begun with other settings; nothing is written then.
         """
-        settings = self._checked_settings(generator.config)
         done = _done(self._results, generator.config.samples)
         results = [result for result in self._results if result["line"] in done]
+        settings = self._checked_settings(generator, is_complete=len(done) == len(self.prompts))
         missing = _by_length(generator, {line: self.prompts[line] for line in self.prompts.keys() - done}, self.source)
         if self._resume:
             report(f"{len(done)} of {len(self.prompts)} lines are done already")
-        self._settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_whole(self._settings_file, (json.dumps(settings, indent=2) + "\n").encode())
         _write(self.target, results)
         speed = Speed()
         try:
@@ -111,14 +117,34 @@ class Job:
     def _settings_file(self) -> Path:
         return self.target.with_name(f"{self.target.name}.settings")
 
-    def _checked_settings(self, config: GenerateConfig) -> Record:
-        """What decides the texts; raises `ConfigError` if an output that is gone on with was begun otherwise."""
-        settings = {"checkpoint": self._model, **_deciding(config)}
-        if self._resume and self._settings_file.exists():
-            begun = _object(self._settings_file.read_bytes(), str(self._settings_file))
-            other = [name for name in settings if begun.get(name) != settings[name]]
-            told = ", ".join(f"{name}={begun.get(name)}" for name in other)
-            require(not other, f"{self.target} was begun with {told}: give the same, or --overwrite")
+    def _checked_settings(self, generator: TextGenerator, *, is_complete: bool) -> Record:
+        """Return what decides the texts; raise `ConfigError` if the output that is resumed was begun otherwise."""
+        settings = {
+            "checkpoint": self._model,
+            "model": generator.fingerprint(),
+            "prompt_file": hashlib.sha256("".join(map(_dump, self.prompts.values())).encode()).hexdigest()[:32],
+            **_deciding(generator.config),
+        }
+        if not self._resume or not self.target.exists() or is_complete:
+            return settings
+        fix = "give the same, --overwrite, or another --output"
+        require(
+            self._settings_file.exists() or not self._results,
+            f"{self.target} has no {self._settings_file.name} beside it, which says how it was begun: "
+            "give --overwrite, or another --output",
+        )
+        if self._settings_file.exists():
+            begun = read_object(self._settings_file)
+            begun.get("checkpoint", str)
+            # A model may be reached by another path. As texts, because for Python 1 equals true.
+            other = [
+                name
+                for name in settings.keys() - {"checkpoint"}
+                if _dump(begun.values.get(name)) != _dump(settings[name])
+            ]
+            named = {"model": "another model or tokenizer", "prompt_file": "another --prompt_file"}
+            listed = ", ".join(named.get(name, f"{name}={shown(begun.values.get(name))}") for name in sorted(other))
+            require(not other, f"{self.target} was begun with {listed}: {fix}")
         return settings
 
     def _complete(self, generator: TextGenerator, lines: list[int], speed: Speed, report: Report) -> Iterator[Record]:
@@ -152,54 +178,40 @@ def _deciding(config: GenerateConfig) -> Record:
 
 
 def read_prompts(file: Path) -> dict[int, Record]:
-    """The lines of an input by their numbers; empty ones are left out.
+    """Return the lines of an input by their numbers; empty ones are left out.
 
     Raises:
         ConfigError: a line is no JSON, has no prompt, or an empty one.
     """
-    lines = enumerate(file.read_bytes().split(b"\n"), 1)
-    prompts = {number: _prompt(line, f"{file}, line {number}") for number, line in lines if line.strip()}
+    prompts = {number: _prompt(line) for number, line in read_lines(file).items()}
     require(bool(prompts), f"{file} has no prompts")
     return prompts
 
 
 def read_results(file: Path, prompts: dict[int, Record]) -> list[Record]:
-    """The lines of an output, without a last one that was not written to its end.
+    """Return the lines of an output, without a last one that was not written to its end.
 
     Raises:
         ConfigError: a line is damaged, or of another input.
     """
-    *lines, _ = file.read_bytes().split(b"\n")
-    return [_result(line, prompts, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    *lines, _ = read_bytes(file, MAX_BYTES).split(b"\n")
+    return [_result(line_object(line, f"{file}, line {number}"), prompts) for number, line in enumerate(lines, 1)]
 
 
-def _prompt(line: bytes, place: str) -> Record:
-    record = _object(line, place)
-    require("prompt" in record, f"{place}: there is no field 'prompt'")
-    require(isinstance(record["prompt"], str), f"{place}: the prompt must be a text, but is {record['prompt']!r}")
-    require(bool(record["prompt"]), f"{place}: the prompt is empty")
-    taken = [name for name in ADDED if name in record]
-    require(not taken, f"{place}: the output has fields {', '.join(ADDED)} of its own: rename {', '.join(taken)}")
-    return record
+def _prompt(line: Fields) -> Record:
+    line.require(bool(line.get("prompt", str)), "prompt is empty: give some text to continue")
+    taken = [name for name in ADDED if name in line.values]
+    line.require(not taken, f"{', '.join(taken)}: the output has fields of that name: rename it")
+    return line.values
 
 
-def _result(line: bytes, prompts: dict[int, Record], place: str) -> Record:
-    result = _object(line, place)
-    given = {name: value for name, value in result.items() if name not in ADDED}
-    numbered = isinstance(result.get("line"), int) and isinstance(result.get("sample"), int)
-    same = numbered and prompts.get(result["line"]) == given
-    require(same, f"{place}: is not of this --prompt_file: give the one it was made from, or another --output")
-    return result
-
-
-def _object(line: bytes, place: str) -> Record:
-    try:
-        record = json.loads(line)
-        _dump(record).encode()
-    except ValueError as error:
-        raise ConfigError(f"{place}: no JSON ({error})") from error
-    require(isinstance(record, dict), f'{place}: must be an object such as {{"prompt": "..."}}')
-    return record
+def _result(line: Fields, prompts: dict[int, Record]) -> Record:
+    given = {name: value for name, value in line.values.items() if name not in ADDED}
+    line.get("completion", str)
+    line.require(line.get("tokens", int) >= 0, "tokens must be 0 or more")
+    same = prompts.get(line.get("line", int)) == given and line.get("sample", int) >= 0
+    line.require(same, "is not of this --prompt_file: give the one it was made from, or another --output")
+    return line.values
 
 
 def _done(results: Iterable[Record], samples: int) -> set[int]:
@@ -211,21 +223,21 @@ def _done(results: Iterable[Record], samples: int) -> set[int]:
 
 
 def _by_length(generator: TextGenerator, prompts: dict[int, Record], source: Path) -> list[int]:
-    """The lines, those with short prompts first; raises `ConfigError` for one that is too long for the model."""
+    """Return the lines, those with short prompts first; raise `ConfigError` for what is too long, or too much."""
     lengths = {}
     for line, record in prompts.items():
         try:
             lengths[line] = generator.length(record["prompt"])
         except ConfigError as error:
             raise ConfigError(f"{source}, line {line}: {error}") from error
+    if lengths:
+        generator.check(max(lengths.values()), len(lengths) * generator.config.samples)
     return sorted(lengths, key=lambda line: (lengths[line], line))
 
 
 def _write(file: Path, results: Iterable[Record]) -> None:
     """Replace a file as a whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(map(_dump, results)), encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, "".join(map(_dump, results)).encode())
 
 
 def _dump(record: Any) -> str:

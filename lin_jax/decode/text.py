@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +18,10 @@ from lin_jax.models.base import Decoder
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.settings.base import require
 from lin_jax.settings.generate import GenerateConfig, SamplingConfig
+from lin_jax.settings.typed import is_unicode
+
+# Values of the settings of sampling that leave out no token.
+_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 class Continuation(NamedTuple):
@@ -83,15 +90,24 @@ class TextGenerator:
         for [row] in self._batch([""], [tokens], [(0, 0)], 1):
             yield row
 
-    def check(self, length: int) -> None:
-        """Raise `ConfigError` for a prompt of so many tokens if that is too long for the model."""
-        self._generator.needed(length)
+    def check(self, length: int, texts: int = 1) -> None:
+        """Raise `ConfigError` if a prompt of so many tokens is too long for the model, or for so many in the memory."""
+        self._generator.capacity(length, min(self.config.batch_size, texts))
 
     def length(self, prompt: str) -> int:
-        """Tokens of a prompt; raises `ConfigError` if it is too long for the model."""
+        """Return the tokens of a prompt; raise `ConfigError` if it is too long for the model."""
         length = len(self._encode(prompt, "the prompt"))
         self.check(length)
         return length
+
+    def fingerprint(self) -> str:
+        """Return a checksum of all that decides a text besides settings and prompt: the model and the tokenizer."""
+        found = hashlib.sha256(self._generator.fingerprint().encode())
+        with tempfile.TemporaryDirectory() as directory:
+            self.tokenizer.save(directory)
+            for file in sorted(Path(directory).iterdir()):
+                found.update(file.read_bytes())
+        return found.hexdigest()[:32]
 
     def _batch(
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
@@ -114,6 +130,7 @@ class TextGenerator:
             ]
 
     def _encode(self, prompt: str, name: str) -> np.ndarray:
+        require(is_unicode(prompt), f"{name} is not UTF-8")
         ids = self.tokenizer.encode(prompt)
         require(len(ids) > 0, f"{name} is empty: give some text to continue")
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
@@ -159,8 +176,27 @@ def make_config(settings: dict[str, Any]) -> GenerateConfig:
     names = {field.name for field in dataclasses.fields(GenerateConfig)} - {"sampling"}
     unknown = sorted(settings.keys() - names - sampling_names)
     require(not unknown, f"unknown setting {', '.join(unknown)}; there are {', '.join(sorted(names | sampling_names))}")
+    _refuse_ignored(settings)
     sampling = SamplingConfig(**{name: value for name, value in settings.items() if name in sampling_names})
     return GenerateConfig(sampling=sampling, **{name: value for name, value in settings.items() if name in names})
+
+
+def _refuse_ignored(settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a setting that was given and changes nothing beside the others."""
+    draft, acceptance = settings.get("draft", "none"), settings.get("acceptance", "exact")
+    changes_nothing = {
+        "is for draft=medusa": (draft != "medusa", ("tree",)),
+        "is for draft=lookup": (draft != "lookup", ("lookup_tokens", "lookup_match")),
+        "is for acceptance=typical": (acceptance != "typical", ("typical_threshold", "typical_alpha")),
+        "changes nothing without guesses: give a draft": (draft == "none" and acceptance != "exact", ("acceptance",)),
+        "changes nothing at temperature=0, which takes the likeliest token: give a temperature": (
+            settings.get("temperature", 0) == 0,
+            [name for name in ("top_k", "top_p", "min_p") if settings.get(name) != _OFF[name]],
+        ),
+    }
+    for why, (holds, names) in changes_nothing.items():
+        given = [name for name in names if name in settings]
+        require(not (holds and given), f"{', '.join(given)} {why}")
 
 
 def stop_ids(tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[int]:

@@ -22,6 +22,7 @@ from flax import nnx
 from lin_jax.data.documents import validation_documents
 from lin_jax.data.sources import open_source
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.decode.memory import require_memory
 from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
 from lin_jax.settings.base import require
@@ -100,6 +101,9 @@ def evaluate_run(
     partition = make_partition(dataclasses.replace(config.mesh, rules=(*config.mesh.rules, "tokens=")))
     shards = batch_shards(partition)
     batch_size = math.ceil(batch_size / shards) * shards
+    # What even one layer holds of a batch.
+    size = 4 * batch_size * window * config.model.width
+    require_memory(size, f"{batch_size} windows of {window:,} tokens at a time", "lower --window or --batch_size")
     total = _count_documents(config.data)
     documents = _with_progress(validation_documents(config.data, tokenizer), total, report)
     score = make_scorer(model, partition, chunk=max(1, config.train.loss_chunk * shards // batch_size))

@@ -51,7 +51,7 @@ class GenerateConfig(Settings):
         "list of paths, such as the tree.json that a run of heads writes",
     )
     lookup_tokens: int = setting(7, "draft=lookup: tokens that are guessed at a time", most=1024)
-    lookup_match: int = setting(3, "draft=lookup: most tokens that are compared to find where they occurred", most=1024)
+    lookup_match: int = setting(3, "draft=lookup: most tokens that are compared to find where they occurred", most=64)
     acceptance: Literal["exact", "typical"] = setting(
         "exact",
         "which guesses are kept: exact: those that are the very tokens of plain decoding, sampled or not; typical: "
