@@ -9,27 +9,29 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from etils import epath
+from lin_jax.settings.program import exit_code
 
-from lin_jax.evaluate.arguments import make_parser
-from lin_jax.evaluate.tasks import TASKS
-from lin_jax.experiment import ConfigError
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Measure, print what came out, and write it."""
+    # Imported here because it takes seconds, in which Ctrl-C is answered already.
+    from lin_jax.evaluate.arguments import parse
+    from lin_jax.evaluate.tasks import TASKS, output_file
+    from lin_jax.paths import write_whole
+
+    known, overrides = parse(__doc__, arguments)
+    output = output_file(known)
+    measure, _ = TASKS[known.task]
+    text, record = measure(known, overrides)
+    print(text, flush=True)
+    write_whole(output, (json.dumps(record, indent=2) + "\n").encode())
+    print(f"written to {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program, and return its exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # The checkpoint library warns of its own doings.
-    try:
-        known, overrides = make_parser(__doc__).parse_with_settings(arguments)
-        task, name = TASKS[known.task]
-        text, record = task(known, overrides)
-        output = epath.Path(known.output or epath.Path(known.checkpoint) / name)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{text}\nwritten to {output}")
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

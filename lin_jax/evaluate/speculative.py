@@ -1,7 +1,6 @@
 """Speculative decoding beside plain decoding: tokens a step and a second, bytes of state, and where the time goes."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.attentions.registry import preset_attention
+from lin_jax.data.lines import MAX_BYTES, read_lines
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.generate import Generated, Generator, Progress, read_rows
 from lin_jax.decode.text import stop_ids
@@ -21,6 +21,7 @@ from lin_jax.evaluate.parts import time_parts
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.settings.base import ConfigError, require
+from lin_jax.settings.foreign import Fields, read_bytes
 from lin_jax.settings.generate import GenerateConfig
 
 Method = Literal["plain", "lookup", "medusa", "direct"]
@@ -66,34 +67,50 @@ class Row:
         return self.tokens / self.seconds
 
 
-def read_prompts(file: Path, tokenizer: Tokenizer, *, limit: int, longest: int, separator: str) -> list[np.ndarray]:
-    """Token ids of prompts, each cut to `longest` tokens.
+def read_texts(file: Path, separator: str) -> list[str]:
+    """Return the prompts in a file, which hold more than white space.
 
     Args:
         file: .jsonl with "turns" (MT-Bench, Spec-Bench; the first turn counts), "prompt" or "text" in each line; or a
             text, whose pieces between separators give a prompt each.
-        tokenizer: of the model.
-        limit: prompts to take; 0 takes all.
-        longest: tokens of a prompt, the one that begins a text included.
         separator: between the pieces of a text.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or the file is damaged.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        texts = _of_lines(text) if file.suffix == ".jsonl" else text.split(separator)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{file} holds no prompts: {error}") from error
-    texts = [text.strip() for text in texts if text.strip()][: limit or None]
+    require(separator != "", "--separator must not be empty")
+    if file.suffix == ".jsonl":
+        texts = [_prompt(line) for line in read_lines(file).values()]
+    else:
+        try:
+            texts = read_bytes(file, MAX_BYTES).decode("utf-8-sig").split(separator)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
+    texts = [text.strip() for text in texts if text.strip()]
     require(bool(texts), f"{file} holds no prompts: it is empty")
+    return texts
+
+
+def _prompt(line: Fields) -> str:
+    turns = line.get("turns", list[str], [])
+    line.require("turns" not in line or bool(turns), "turns is empty")
+    names = [name for name in ("prompt", "text") if name in line]
+    line.require(bool(turns or names), "turns, prompt or text: one of them must be there")
+    return turns[0] if turns else line.get(names[0], str)
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, *, limit: int, longest: int) -> list[np.ndarray]:
+    """Return token ids of prompts, each cut to `longest` tokens, the one that begins a text included.
+
+    Args:
+        texts: the prompts.
+        tokenizer: of the model.
+        limit: prompts to take; 0 takes all.
+        longest: tokens of a prompt.
+    """
     begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    return [np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])[:longest] for text in texts]
-
-
-def _of_lines(text: str) -> list[str]:
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [line["turns"][0] if "turns" in line else line.get("prompt") or line["text"] for line in lines]
+    taken = texts[: limit or None]
+    return [np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])[:longest] for text in taken]
 
 
 def compare(

@@ -1,7 +1,9 @@
 """Speculation compared with plain decoding: the same texts, what is counted, a state for every candidate, bad input."""
 
+import codecs
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import eval as eval_program
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.decode.generate import Generator
 from lin_jax.evaluate.direct import DirectIntegration
-from lin_jax.evaluate.speculative import compare_attentions, read_prompts, table, with_attention
+from lin_jax.evaluate.speculative import compare_attentions, encode_prompts, read_texts, table, with_attention
 from lin_jax.experiment import (
     AugmentedConfig,
     Config,
@@ -131,25 +133,47 @@ def test_the_parts_of_a_step_are_timed(model, config):
 
 
 def test_prompts_of_lines_and_of_a_text(tmp_path):
-    tokenizer, how = BytesTokenizer(), {"limit": 0, "longest": 4, "separator": "##"}
-    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    expected = [np.concatenate([begin, tokenizer.encode(text)])[:4] for text in ("one", "seventeen")]
-    lines = [{"turns": ["one", "more"]}, {"prompt": "seventeen"}]
-    for name, text in (("p.jsonl", "\n".join(map(json.dumps, lines))), ("p.txt", "one##seventeen\n")):
+    tokenizer = BytesTokenizer()
+    lines = [{"turns": ["one", "more"]}, {"prompt": "seventeen", "text": "no"}, {"prompt": None, "text": "x"}]
+    for name, text in (("p.jsonl", "\n".join(map(json.dumps, lines))), ("p.txt", "one##seventeen\n##x")):
         (tmp_path / name).write_text(text)
-        found = read_prompts(tmp_path / name, tokenizer, **how)
-        assert [x.tolist() for x in found] == [x.tolist() for x in expected]
-        assert len(read_prompts(tmp_path / name, tokenizer, **{**how, "limit": 1})) == 1
+        texts = read_texts(tmp_path / name, "##")
+        assert texts == ["one", "seventeen", "x"]
+        found = encode_prompts(texts, tokenizer, limit=0, longest=4)
+        assert [x.tolist() for x in found] == [tokenizer.encode(text)[:4].tolist() for text in texts]
+        assert len(encode_prompts(texts, tokenizer, limit=1, longest=4)) == 1
 
 
-@pytest.mark.parametrize("text", [None, "", '{"a": 1}', "[1]", '{"turns": []}', "{"])
+def test_only_line_feeds_end_lines_and_a_mark_of_byte_order_is_no_text(tmp_path):
+    texts = ["a\u2028b", "c\u0085d", "e\u2029f", "g\x0bh", "i\x0cj", "k\x1cl"]
+    raw = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "p.jsonl").write_bytes(codecs.BOM_UTF8 + raw.encode())
+    assert read_texts(tmp_path / "p.jsonl", "##") == texts
+    (tmp_path / "p.txt").write_bytes(codecs.BOM_UTF8 + "##".join(texts).encode())
+    assert read_texts(tmp_path / "p.txt", "##") == texts
+
+
+NO_PROMPTS = ["", '{"a": 1}', "[1]", '{"turns": []}', "{", '{"turns": "a"}', '{"turns": [1]}', '{"turns": {}}']
+NO_PROMPTS += ['{"prompt": 1}', '{"text": ["a"]}', '{"prompt": true}', '{"text": {}}', "null", '{"text": "\\ud800"}']
+NO_PROMPTS += ['{"text": ' + "[" * 1000 + "]" * 1000 + "}", '{"prompt": " "}', '{"prompt": null}', '{"text": 1e999}']
+
+
+@pytest.mark.parametrize("text", NO_PROMPTS)
 def test_a_file_without_prompts_is_refused_in_one_line(tmp_path, text):
     file = tmp_path / "prompts.jsonl"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ConfigError, match="holds no prompts") as error:
-        read_prompts(file, BytesTokenizer(), limit=0, longest=4, separator="##")
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="prompts.jsonl") as error:
+        read_texts(file, "##")
     assert "\n" not in str(error.value)
+
+
+def test_prompts_are_in_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    cases = {"absent.jsonl": "does not exist", "pipe.txt": "is not a file", "latin.txt": "is not UTF-8"}
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            read_texts(tmp_path / name, "##")
 
 
 def test_the_program(model, config, tmp_path, capsys):
