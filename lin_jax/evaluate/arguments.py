@@ -60,9 +60,9 @@ def _make_parser(description: str | None) -> OneLineParser:
     parser = OneLineParser(description)
     parser.add_argument("--task", choices=list(_DEFAULTS), default="perplexity")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run's directory, or RUN/checkpoints/STEP")
-    parser.add_argument(
-        "--batch_size", type=_whole(1, 2**16), default=8, metavar="N", help="windows or texts at a time"
-    )
+    # Earlier versions spelled this and --max_new_tokens with hyphens.
+    of_batch = "windows or texts at a time"
+    parser.add_argument("--batch_size", "--batch-size", type=_whole(1, 2**16), default=8, metavar="N", help=of_batch)
     parser.add_argument("--output", metavar="FILE", help="JSON (default: evaluation.json or speculative.json in RUN)")
     perplexity = _group(parser, "perplexity")
     perplexity("--path", nargs="+", metavar="FILE", help="evaluate on all of these files or globs instead")
@@ -74,7 +74,7 @@ def _make_parser(description: str | None) -> OneLineParser:
     speculative("--limit", type=_whole(0), metavar="N", help="prompts; 0 takes all")
     speculative("--longest", type=_whole(1), metavar="N", help="tokens to which a prompt is cut")
     of_texts = "tokens after which a text ends"
-    speculative("--max_new_tokens", type=_whole(1), metavar="N", help=of_texts)
+    speculative("--max_new_tokens", "--max-new-tokens", type=_whole(1), metavar="N", help=of_texts)
     speculative("--methods", nargs="+", choices=METHODS, help="how tokens are guessed")
     speculative("--tree", metavar="NAME", help="a published tree, or a .json file of paths")
     speculative("--attention", nargs="+", choices=preset_names(), help="instead of the model's own")

@@ -23,6 +23,11 @@ def test_options_have_their_defaults():
     assert (known.tree, known.attention, known.split, known.max_new_tokens) == ("mc_sim_7b_63", [], False, 128)
 
 
+def test_the_spelling_of_earlier_versions_still_works():
+    known, _ = parse("", [*SPECULATIVE, "--batch-size", "3", "--max-new-tokens", "5"])
+    assert (known.batch_size, known.max_new_tokens) == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
