@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, no silent broadcasting, repeatable examples, one compilation cache."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,8 @@ import pytest
 jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell lets jobs in the background ignore Ctrl-C, and so do the programs that they start: tests would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("lin_jax", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("lin_jax")

@@ -80,17 +80,8 @@ def test_what_is_to_be_saved_is_saved(start):
     assert process.stdout.readline() == "requested: True\n" and process.stdout.readline() == "saved\n"
 
 
-@pytest.fixture
-def interrupts():
-    """Ctrl-C raises, also where the tests were started in the background: a shell lets such jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interrupts")
 def test_callers_of_train_get_their_handlers_back(capfd):
-    request, before = StopRequest(), signal.default_int_handler
+    request, before = StopRequest(), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), request.saving():
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.requested and signal.getsignal(signal.SIGINT) is before
