@@ -3,11 +3,14 @@
 `train.py` alone has its own: it saves before it stops.
 """
 
+import contextlib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from lin_jax.settings.base import ConfigError, first_line
 
@@ -22,7 +25,8 @@ def exit_code(run: Callable[[], None]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # A terminal that does not know a character shows its number.
             stream.reconfigure(errors="backslashreplace")
     try:
-        run()
+        with _interrupts_kept():
+            run()
         sys.stdout.flush()
     except BrokenPipeError:  # What is still buffered must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,3 +42,24 @@ def exit_code(run: Callable[[], None]) -> int:
         print(f"error: out of memory ({first_line(error)}): ask for less at a time", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Raise Ctrl-C again, a moment later, where it came while Python could only print it and go on.
+
+    That is in destructors and callbacks of garbage collection, of which JAX has one.
+    """
+    before = sys.unraisablehook
+
+    def raise_again(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before(what)
+
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -77,6 +77,24 @@ def test_a_first_ctrl_c_gives_its_exit_code():
     assert process.returncode == 130 and error == b""
 
 
+def test_ctrl_c_in_a_callback_of_garbage_collection_is_not_lost():
+    """Python prints what is raised there, and goes on."""
+    body = """
+import gc, signal
+def run():
+    def interrupt(*_):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    print("running", flush=True)
+    sys.stdin.readline()
+"""
+    process = program(body)
+    assert process.stdout.readline() == b"running\n"
+    assert process.wait(timeout=60) == 130 and process.stderr.read() == b""
+
+
 def test_a_reader_that_went_away_is_no_error():
     process = program("def run():\n    sys.stdin.readline()\n    print('a' * 1000000)\n    print('b')")
     process.stdout.close()
