@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attentions.base import Attention, HeadSizes, LinearizedConfig, OfficialName, Scoring
+from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes, LinearizedConfig, OfficialName, Scoring
 from lin_jax.layers.parameter import parameter
 from lin_jax.layers.rows import Rows
 from lin_jax.ops.castling import castling_sum
@@ -87,6 +87,11 @@ class AugmentedConfig(LinearizedConfig):
         """Return the numbers in the feature map's own arrays."""
         maps = FEATURE_MAPS[self.feature_map].arrays
         return sum(math.prod(array.shape(head_size, self.feature_size)) for array in maps)
+
+
+def paper_attention() -> AttentionConfig:
+    """Return the paper's attention of LLaMA and GPT-2: groups of 64 tokens, as in the released code."""
+    return AugmentedConfig(group_size=64)
 
 
 class Operands(NamedTuple):

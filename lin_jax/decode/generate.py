@@ -19,6 +19,7 @@ from lin_jax.decode.sampling import adjust, choose, seen_at_nodes, sequence_keys
 from lin_jax.decode.trees import find_tree
 from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
+from lin_jax.ops.checksums import checksums
 from lin_jax.ops.target import decoding_type
 from lin_jax.ops.tree import Tree, chain
 from lin_jax.settings.base import require
@@ -130,12 +131,8 @@ class Generator:
 
     def fingerprint(self) -> str:
         """Return a checksum of the model: settings and parameters, and those of heads where they decide tokens."""
-        found = hashlib.sha256(repr(self.model.config).encode())
-        for arrays in self._arrays[: 2 if self.config.acceptance == "typical" else 1]:
-            for path, leaf in jax.tree.leaves_with_path(arrays):
-                found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-                found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-        return found.hexdigest()
+        arrays = self._arrays[: 2 if self.config.acceptance == "typical" else 1]
+        return hashlib.sha256(f"{self.model.config} {checksums(arrays)}".encode()).hexdigest()
 
     def start(
         self,

@@ -311,7 +311,7 @@ class Decoder(Model):
         return DecoderState(self._in_decoding_type(states), jnp.zeros(batch, jnp.int32))
 
     def _in_decoding_type(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
-        """States with what is in the model's type in that of decoding."""
+        """Return the states, of which what is in the model's type is in that of decoding."""
         narrow, wide = jnp.dtype(self.config.dtype), decoding_type(self.config.dtype)
         return jax.tree.map(lambda x: x.astype(wide) if x.dtype == narrow else x, states)
 

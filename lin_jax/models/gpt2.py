@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attentions.augmented import AugmentedConfig
+from lin_jax.attentions.augmented import paper_attention
 from lin_jax.attentions.base import AttentionConfig, HeadSizes
 from lin_jax.attentions.registry import ATTENTIONS, check_transformer_attention, make_attention
 from lin_jax.layers.embedding import look_up
@@ -23,11 +23,6 @@ from lin_jax.settings.base import require, require_at_least_zero, require_positi
 
 # Standard deviation of initial matrices; the two that write to the residual have it divided by sqrt(2 L).
 DEVIATION = 0.02
-
-
-def paper_attention() -> AttentionConfig:
-    """Return the paper's attention of GPT-2."""
-    return AugmentedConfig(group_size=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """The device that a computation is meant for, which need not be one of this machine."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 class TargetDevice(NamedTuple):
@@ -24,7 +25,7 @@ def target() -> TargetDevice:
     return TargetDevice(device.platform, device.device_kind)
 
 
-def decoding_type(dtype: Any) -> Any:
+def decoding_type(dtype: DTypeLike) -> jnp.dtype:
     """Return the type of activations and states in decoding, for a model that computes in `dtype`.
 
     It is `dtype`, but float32 on a CPU. There every program, one for each number of rows and nodes, is free to round to

@@ -6,12 +6,12 @@ from typing import Any
 from etils import epath
 
 from lin_jax.experiment import Config
+from lin_jax.ops.checksums import checksums
 from lin_jax.paths import check_remote
 from lin_jax.settings.base import require
 from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.registry import task_of
-from lin_jax.train.checksums import checksums
 
 
 def check_base(path: str) -> None:

@@ -17,12 +17,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lin_jax.experiment import Config, config_from_dict
+from lin_jax.ops.checksums import checksums, require_checksums
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.checkpoint import CheckpointConfig
 from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import require_same_frozen
-from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.distributed import lost_another, wait_for_all
 from lin_jax.train.manifest import UNFINISHED, require_undamaged, saving_options
 from lin_jax.train.state import TrainState

@@ -17,13 +17,13 @@ from lin_jax.experiment import Config, config_from_dict
 from lin_jax.layers.lora import merge_lora
 from lin_jax.layers.parameter import constants_by_path, parameters_by_path
 from lin_jax.models.structure import Structure
+from lin_jax.ops.checksums import checksums, require_checksums
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
 from lin_jax.train.base import check_base, require_same_frozen, require_same_model
-from lin_jax.train.checksums import checksums, require_checksums
 from lin_jax.train.manifest import require_undamaged, saving_options
 from lin_jax.train.sharding import default_partition, make_mesh
 from lin_jax.train.state import initial_state

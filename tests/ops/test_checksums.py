@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from lin_jax.experiment import MeshConfig
-from lin_jax.train import checksums, sharding
+from lin_jax.ops import checksums
+from lin_jax.train import sharding
 
 
 def test_checksums_notice_one_bit_and_not_the_mesh():

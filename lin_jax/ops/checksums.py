@@ -32,7 +32,7 @@ def _sum_of_bits(array: jax.Array) -> int:
 
 
 def checksums(item: Any) -> dict[str, int]:
-    """The sum of the bits of every array of a tree, by its path joined by dots."""
+    """Return the sum of the bits of every array of a tree, by its path joined by dots."""
     leaves = jax.tree.leaves_with_path(item)
     return {jax.tree_util.keystr(path, simple=True, separator="."): _sum_of_bits(leaf) for path, leaf in leaves}
 
