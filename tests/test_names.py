@@ -1,4 +1,4 @@
-"""One name, one meaning: of public classes, and of the letters of axes in names."""
+"""One name, one meaning: of public classes, and of the letters of axes in names; shapes in annotations are checked."""
 
 import ast
 import re
@@ -73,3 +73,11 @@ def test_strays_are_found_and_declarations_read():
     top = '"""Doc."""\n\n# Letters beyond the legend: Q = questions,\n# Z = zebras.\n'
     assert strays(top + body, set("BTHD")) == set()
     assert strays(body + top, set("BTHD")) == {("Q", "y_BQ"), ("Z", "z_Z")}
+
+
+def test_the_shapes_of_every_package_that_states_some_are_checked(pytestconfig):
+    state_shapes = {
+        f"lin_jax.{path.relative_to(HOME).parts[0]}" for path in FILES if "from jaxtyping import" in path.read_text()
+    }
+    *checked, _ = pytestconfig.getoption("jaxtyping_packages").split(",")
+    assert set(checked) == state_shapes
