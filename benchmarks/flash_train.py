@@ -27,7 +27,7 @@ from lin_jax.models.registry import create_model
 from lin_jax.models.structure import Structure, make_structure
 from lin_jax.tasks.language_model import LanguageModelling
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from lin_jax.train.sharding import make_partition
+from lin_jax.train.sharding import batch_shardings, make_partition
 from lin_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from lin_jax.train.step import make_train_step
 
