@@ -144,7 +144,7 @@ def cases(draw: st.DrawFn, causal: bool | None = None, segments: bool | None = N
         "local": draw(st.sampled_from(["relu2", "laplace", "softmax", "none"])),
         "group_size": draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
         "local_groups": draw(st.integers(1, 3)),
-        "taps": draw(st.sampled_from([0, 1, 4, 13])),
+        "taps": draw(st.sampled_from([0, 1, 4, 13, 40])),
         "shared_filter": draw(st.booleans()),
         "grouped": draw(st.booleans()),
         "bias": draw(st.booleans()),

@@ -237,8 +237,8 @@ def _pair(program: _Program, i: Any, j: Any, offset: int | None) -> _Pair:
         k_position = program.place(layout.position, j)[None]
     elif plan.form.local == "softmax" and past is None:
         seen = k_index >= 0  # Other activations of what is not there meet values of 0.
-    elif plan.lag is None:
-        seen = past & (j >= _lowest(plan, i))  # The convolution may reach blocks that are in the state already.
+    if offset is None and (plan.lag is None or plan.band_lag > plan.lag):
+        seen = _and(seen, j >= _lowest(plan, i))  # The convolution reaches blocks that are in the state already.
     groups = _group(q_position, plan) - _group(k_position, plan)
     return _Pair(
         kinds,

@@ -68,6 +68,9 @@ def assert_equals_the_reference(case, tolerance=1e-4):
             "local": "laplace",
             "feature_map": "elu1",
         },
+        # A filter that reaches blocks whose keys are in the state already: aligned, and with segments.
+        {"T": 65, "B": 1, "K": 1, "J": 1, "group_size": 16, "taps": 40},
+        {"T": 65, "B": 1, "K": 1, "J": 2, "group_size": 8, "taps": 40, "local": "softmax", "segments": True},
     ],
 )
 def test_blocks_parts_and_tiles(options):
