@@ -11,6 +11,7 @@ from flax import nnx
 
 from lin_jax.convert.hugging_face import ModelWeights
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.ops.product import in_full_float32
 from lin_jax.settings.base import require
 
 # Read by both models; a few hundred tokens.
@@ -79,7 +80,8 @@ def logits_of(weights: ModelWeights, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits of our model, computed in float32."""
     config: Any = dataclasses.replace(weights.config, dtype="float32")
     graph, state = nnx.split(dataclasses.replace(weights, config=config).model())
-    return np.asarray(jax.jit(lambda state, tokens_BT: nnx.merge(graph, state)(tokens_BT))(state, tokens_BT))
+    logits = in_full_float32(lambda state, tokens_BT: nnx.merge(graph, state)(tokens_BT))
+    return np.asarray(jax.jit(logits)(state, tokens_BT))
 
 
 def logits_of_transformers(directory: Path, tokens_BT: np.ndarray) -> np.ndarray | None:

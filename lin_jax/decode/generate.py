@@ -20,6 +20,7 @@ from lin_jax.decode.trees import find_tree
 from lin_jax.models.base import Decoder, DecoderState, unstacked
 from lin_jax.models.medusa import MedusaHeads, check_heads
 from lin_jax.ops.checksums import checksums
+from lin_jax.ops.product import in_full_float32
 from lin_jax.ops.target import decoding_type
 from lin_jax.ops.tree import Tree, chain
 from lin_jax.settings.base import require
@@ -276,6 +277,7 @@ def _tree(model: Decoder, config: GenerateConfig, heads: MedusaHeads | None) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@in_full_float32
 def _read_chunk(
     graph: Any, arrays: Any, state: DecoderState, features_BC: Array, tokens_BT: Array, count_B: Array
 ) -> tuple[DecoderState, Array]:
@@ -286,6 +288,7 @@ def _read_chunk(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@in_full_float32
 def _begin(
     graphs: tuple[Any, Any],
     plan: _Plan,
@@ -317,6 +320,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@in_full_float32
 def _advance(graphs: tuple[Any, Any], plan: _Plan, arrays: tuple[Any, Any], progress: Progress) -> Progress:
     model = nnx.merge(graphs[0], arrays[0])
     heads = None if graphs[1] is None else nnx.merge(graphs[1], arrays[1])

@@ -31,7 +31,8 @@ class Adapter(nnx.Module):
 
     def matrix(self) -> Float[Array, "*stack inputs outputs"]:
         """What it adds to the kernel, float32."""
-        return self.scale * jnp.matmul(self.a[...].astype(jnp.float32), self.b[...].astype(jnp.float32))
+        a, b = self.a[...].astype(jnp.float32), self.b[...].astype(jnp.float32)
+        return self.scale * jnp.matmul(a, b, precision="highest")
 
 
 def add_lora(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:

@@ -1,9 +1,17 @@
 """The matrix product of all attention: in the type of its inputs, summed in float32."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lin_jax.ops.target import target
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def factors(*arrays: Array) -> tuple[Array, ...]:
@@ -21,3 +29,18 @@ def factors(*arrays: Array) -> tuple[Array, ...]:
 def product(equation: str, a: Array, b: Array) -> Array:
     """Return `jnp.einsum` of two arrays, with sums and result in float32."""
     return jnp.einsum(equation, *factors(a, b), preferred_element_type=jnp.float32)
+
+
+def in_full_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return the function with all products of float32 arrays multiplied in float32.
+
+    JAX's default rounds what is multiplied, to the 10 bits of TF32 on a GPU and to bfloat16 on a TPU: on an H100, 3 of
+    80 greedy texts of a model in float32 changed with the draft or the batch. Arrays of 16 bits are multiplied as ever.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments, **named)
+
+    return run

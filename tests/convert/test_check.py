@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,10 +11,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lin_jax.convert import program
-from lin_jax.convert.check import LEAST_TOKENS, TEXT, Difference, check_tokens, compare
+from lin_jax.convert.check import LEAST_TOKENS, TEXT, Difference, check_tokens, compare, logits_of
 from lin_jax.data.tokenizers import BytesTokenizer
+from lin_jax.layers.linear import Linear
 from lin_jax.settings.base import ConfigError
-from tests.convert.test_convert import LLAMA, MODELS, assert_refused, convert, edit_tensors, make_directory
+from tests.convert.test_convert import (
+    LLAMA,
+    MODELS,
+    assert_refused,
+    convert,
+    edit_tensors,
+    make_directory,
+    random_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -200,3 +210,17 @@ def test_ids_of_another_tokenizer_are_not_kept(source, tmp_path):
     assert convert(other, tmp_path / "out", "--to", "hf", "--tokenizer", str(source)) == 0
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after["eos_token_id"] == 256 and after["bos_token_id"] is None and "pad_token_id" not in after
+
+
+def test_logits_are_compared_in_full_float32(monkeypatch):
+    """Else sound conversions are refused: TF32 moves logits by more than 1e-3."""
+    weights, seen = random_weights(LLAMA), []
+    plain = Linear.__call__
+
+    def spied(self, x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return plain(self, x)
+
+    monkeypatch.setattr(Linear, "__call__", spied)
+    logits_of(weights, np.zeros((1, 4), np.int32))
+    assert set(seen) == {"highest"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lin_jax
-from lin_jax.ops.product import product
+from lin_jax.ops.product import in_full_float32, product
 from lin_jax.ops.softmax_attention.api import longlora_attention, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,3 +82,12 @@ def test_softmax_attention_and_its_gradients(dtype, rows, tokens, attend):
     for actual, expected in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert actual.dtype == dtype
         np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_float32_is_multiplied_in_full_also_where_a_device_would_round_it():
+    def products(x):
+        return jnp.einsum("ij,jk->ik", x, x), x @ x, product("ij,kj->ik", x, x)
+
+    x = jnp.ones((3, 3))
+    assert str(jax.make_jaxpr(jax.jit(products))(x)).count("HIGHEST") == 0
+    assert str(jax.make_jaxpr(jax.jit(in_full_float32(products)))(x)).count("precision=(Precision.HIGHEST") == 3
