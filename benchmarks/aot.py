@@ -81,15 +81,15 @@ class Case:
         return sum(size(y if name == "y" else self.shapes[name]) for name in names if name in {**self.shapes, "y": y})
 
 
-def llama2_7b(T: int, **changes: Any) -> Case:
-    """LLaMA-2-7B's attention, one layer and one row."""
-    return make(1, T, 32, 32, 128, 128, taps=32, **{"local": "relu2", "group_size": 64, **changes})
+def llama2_7b(T: int, B: int = 1, **changes: Any) -> Case:
+    """LLaMA-2-7B's attention, one layer."""
+    return make(B, T, 32, 32, 128, 128, taps=32, **{"local": "relu2", "group_size": 64, **changes})
 
 
-def flash110m(T: int, **changes: Any) -> Case:
-    """FLASH-110M's attention, one layer and one row: with own queries and keys of the grouped branch, and a bias."""
+def flash110m(T: int, B: int = 1, **changes: Any) -> Case:
+    """FLASH-110M's attention, one layer: with own queries and keys of the grouped branch, and a bias."""
     options = {"local": "laplace", "group_size": 256, "score_scale": 1 / 256, **changes}
-    return make(1, T, 1, 1, 128, 1536, taps=32, own_grouped=True, bias=True, **options)
+    return make(B, T, 1, 1, 128, 1536, taps=32, own_grouped=True, bias=True, **options)
 
 
 def make(

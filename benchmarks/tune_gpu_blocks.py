@@ -1,9 +1,10 @@
 """Times the GPU kernels with every combination of block sizes, and prints a row for `gpu/blocks.toml`.
 
-    python -m benchmarks.tune_gpu_blocks [--tokens 32768] [--rows 32 64 128]
+    python -m benchmarks.tune_gpu_blocks [--tokens 32768] [--batch 8] [--rows 32 64 128]
 
-Shapes as in `benchmarks.aot`, LLaMA-2-7B's and FLASH-110M's. Combinations that the compiler refuses are left out. The
-backward pass serves both, so its sizes are those with the least product of both times.
+Shapes as in `benchmarks.aot`, LLaMA-2-7B's and, for the wide passes, FLASH-110M's: one row of `--tokens` tokens, and
+as many in `--batch` rows, which need no parts to fill the chip. The sizes of a pass are those with the least product of
+both times. Combinations that the compiler refuses are left out.
 """
 
 import argparse
@@ -23,7 +24,13 @@ from benchmarks.kernels import together
 from lin_jax.ops.linear_attention.gpu import blocks as gpu_plan
 from lin_jax.ops.linear_attention.gpu.blocks import Tuning
 
-SHAPES = {"forward": ("llama2_7b",), "forward_wide": ("flash110m",), "backward": ("llama2_7b", "flash110m")}
+PASSES = ("forward", "forward_wide", "backward", "backward_wide")
+
+
+def cases(name: str, tokens: int, batch: int) -> list[aot.Case]:
+    """What a pass is timed on: one row of so many tokens, and as many in a batch of rows."""
+    shape = aot.flash110m if name.endswith("_wide") else aot.llama2_7b
+    return [shape(tokens), shape(tokens // batch, batch)]
 
 
 def seconds(case: aot.Case, name: str, sizes: dict[str, int], repeats: int) -> float:
@@ -43,7 +50,7 @@ def seconds(case: aot.Case, name: str, sizes: dict[str, int], repeats: int) -> f
         y, pull = jax.vjp(run, arrays)
         return pull(jnp.ones_like(y))
 
-    program = jax.jit(both if name == "backward" else run)
+    program = jax.jit(both if name.startswith("backward") else run)
     try:
         with mock.patch.object(gpu_plan, "tuning", chosen):
             function, calls = together(lambda: program(arrays))
@@ -63,6 +70,7 @@ def main() -> None:
     """Prints every time, and the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--value_tiles", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
@@ -71,11 +79,12 @@ def main() -> None:
     options = parser.parse_args()
     print_machine(describe_machine())
     lines = []
-    for name, shapes in SHAPES.items():
+    for name in PASSES:
         found = {}
         for combination in itertools.product(options.rows, options.value_tiles, options.warps, options.stages):
             sizes = dict(zip(("rows", "value_tile", "warps", "stages"), combination, strict=True))
-            times = [seconds(getattr(aot, shape)(options.tokens), name, sizes, options.repeats) for shape in shapes]
+            shapes = cases(name, options.tokens, options.batch)
+            times = [seconds(shape, name, sizes, options.repeats) for shape in shapes]
             found[combination] = math.prod(times)
             print(f"{name} {sizes}: {', '.join(f'{1e3 * t:.3f} ms' for t in times)}", flush=True)
         best = min(found, key=lambda combination: found[combination])

@@ -26,7 +26,7 @@ STATE_SHARE = 0.04
 BLOCKS_PER_PART = 4
 # float32 numbers of the state that a program carries; more do not fit its registers beside the blocks.
 STATE_SIZE = 128 * 128
-# Values of a head up to here take the sizes of the pass `forward`.
+# Values of a head up to here take the sizes of the passes `forward` and `backward`.
 NARROW = 128
 # Slots in the local window: beyond this softmax attention's own kernels are the right form.
 MOST_SLOTS = 1024
@@ -60,7 +60,7 @@ def table() -> dict[str, Any]:
 def tuning(device_kind: str, name: str) -> Tuning:
     """Sizes of the pass `name` in the row of the table whose name occurs in `device_kind`, else in the default row.
 
-    The passes are forward, forward_wide (of values wider than NARROW) and backward.
+    The passes are forward and backward, and both with the end `_wide` for values wider than NARROW.
     """
     row = table()[next((kind for kind in table() if kind in device_kind), "default")]
     return Tuning(programs=row["programs"], **row[name])
@@ -211,11 +211,8 @@ class GpuPlans(NamedTuple):
 
 def make_plans(inputs: Inputs, device_kind: str) -> GpuPlans:
     """The plans for `inputs` on a device of this kind."""
-    wide = inputs.arrays.v_BTKE.shape[-1] > NARROW
-    plans = GpuPlans(
-        _make_plan(inputs, tuning(device_kind, "forward_wide" if wide else "forward")),
-        _make_plan(inputs, tuning(device_kind, "backward")),
-    )
+    wide = "_wide" if inputs.arrays.v_BTKE.shape[-1] > NARROW else ""
+    plans = GpuPlans(*(_make_plan(inputs, tuning(device_kind, name + wide)) for name in GpuPlans._fields))
     if inputs.fresh:
         return plans
     context = max(plan.reach * plan.rows for plan in plans)
