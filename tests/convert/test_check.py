@@ -14,6 +14,8 @@ from lin_jax.convert import program
 from lin_jax.convert.check import LEAST_TOKENS, TEXT, Difference, check_tokens, compare, logits_of
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.layers.linear import Linear
+from lin_jax.ops import product
+from lin_jax.ops.target import TargetDevice
 from lin_jax.settings.base import ConfigError
 from tests.convert.test_convert import (
     LLAMA,
@@ -222,5 +224,6 @@ def test_logits_are_compared_in_full_float32(monkeypatch):
         return plain(self, x)
 
     monkeypatch.setattr(Linear, "__call__", spied)
+    monkeypatch.setattr(product, "target", lambda: TargetDevice("gpu", ""))
     logits_of(weights, np.zeros((1, 4), np.int32))
     assert set(seen) == {"highest"}

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import lin_jax
+from lin_jax.ops import product as product_module
 from lin_jax.ops.product import in_full_float32, product
 from lin_jax.ops.softmax_attention.api import longlora_attention, softmax_attention
+from lin_jax.ops.target import TargetDevice
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -84,10 +86,14 @@ def test_softmax_attention_and_its_gradients(dtype, rows, tokens, attend):
         np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=8 * float(jnp.finfo(dtype).eps))
 
 
-def test_float32_is_multiplied_in_full_also_where_a_device_would_round_it():
+@pytest.mark.parametrize(("platform", "in_full"), [("cpu", 0), ("gpu", 3), ("tpu", 3)])
+def test_float32_is_multiplied_in_full_also_where_a_device_would_round_it(platform, in_full, monkeypatch):
+    """A CPU does so by itself."""
+    monkeypatch.setattr(product_module, "target", lambda: TargetDevice(platform, ""))
+
     def products(x):
         return jnp.einsum("ij,jk->ik", x, x), x @ x, product("ij,kj->ik", x, x)
 
     x = jnp.ones((3, 3))
-    assert str(jax.make_jaxpr(jax.jit(products))(x)).count("HIGHEST") == 0
-    assert str(jax.make_jaxpr(jax.jit(in_full_float32(products)))(x)).count("precision=(Precision.HIGHEST") == 3
+    assert str(jax.make_jaxpr(jax.jit(products))(x)).count("Precision.HIGHEST, ") == 0
+    assert str(jax.make_jaxpr(jax.jit(in_full_float32(products)))(x)).count("Precision.HIGHEST, ") == in_full
