@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 
+@jax.tree_util.register_static  # Rows, which hold it, go through `jax.checkpoint` as arguments.
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """The mesh, and its axes that split rows B, tokens T, heads H and K, channels E of the values, and vocabulary V.

@@ -21,17 +21,19 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize(
-    ("architecture", "attention", "mesh"),
+    ("architecture", "attention", "mesh", "remat"),
     [
-        ("flash", {}, MeshConfig(data=2, sequence=2, tensor=2)),
-        ("llama", {"softmax_layers": (1,), "local_groups": 2}, MeshConfig(data=2, sequence=2, tensor=2)),
-        ("gpt2", {}, MeshConfig(data=1, fsdp=4, tensor=2)),
+        ("flash", {}, MeshConfig(data=2, sequence=2, tensor=2), "full"),
+        ("llama", {"softmax_layers": (1,), "local_groups": 2}, MeshConfig(data=2, sequence=2, tensor=2), "dots"),
+        ("gpt2", {}, MeshConfig(data=1, fsdp=4, tensor=2), "full"),
+        ("gpt2", {}, MeshConfig(data=2, fsdp=4), "none"),
     ],
 )
-def test_loss_and_gradient_on_a_mesh_are_those_of_one_device(architecture, attention, mesh):
+def test_loss_and_gradient_on_a_mesh_are_those_of_one_device(architecture, attention, mesh, remat):
     """`python -m benchmarks.parallel --losses` compares all models on all meshes, over 20 steps of training."""
     model = small_model(architecture, "augmented", **attention)
-    (expected, gradient), (loss, found) = first_gradient(model, MeshConfig(data=1), 1), first_gradient(model, mesh, 8)
+    expected, gradient = first_gradient(dataclasses.replace(model, remat="none"), MeshConfig(data=1), 1)
+    loss, found = first_gradient(dataclasses.replace(model, remat=remat), mesh, 8)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert difference(found, gradient) < 1e-5
 
