@@ -19,6 +19,7 @@ from lin_jax.layers.rows import Rows
 from lin_jax.ops.castling import castling_sum
 from lin_jax.ops.linear_attention import AttentionArrays, AttentionOptions, attend
 from lin_jax.ops.linear_attention.feature_maps import FEATURE_MAPS, unit
+from lin_jax.ops.linear_attention.memory import attend_memory, memory_state
 from lin_jax.ops.linear_attention.state import AttentionState, Pending, empty_state
 from lin_jax.ops.linear_attention.verify import append, commit_path, verify_tree
 from lin_jax.ops.rows import convolve
@@ -41,7 +42,10 @@ class AugmentedConfig(LinearizedConfig):
     )
     feature_size: int = setting(256, "width of the random feature maps favor and fourier; even for fourier", most=2**16)
     convolution: int = setting(
-        32, "taps W of the causal depthwise convolution of the values; 0 turns it off", most=2**12
+        32,
+        "taps W of the causal depthwise convolution of the values; outside FLASH a bidirectional one is centred and "
+        "has 2 W - 1; 0 turns it off",
+        most=2**12,
     )
     castling: bool = setting(False, "Castling-ViT's normalised sum of values and attention, instead of plain attention")
     group_size: int = setting(256, "tokens G in a group", most=2**20)
@@ -135,6 +139,7 @@ class Mixture:
         alpha: weight of the grouped branch, one number or one per query head.
         local_factor: weight of the local branch; None is 1.
         conv_WH: filter of the convolution; None where it is off.
+        taps_ahead: taps of it that multiply later tokens.
         bias_XH: added to the local scores, by distance.
         normalise: whether the op divides queries and keys by their norm, so that a kernel needs no normalised copies.
     """
@@ -144,6 +149,7 @@ class Mixture:
     alpha: Array | float = 1.0
     local_factor: Array | None = None
     conv_WH: Array | None = None
+    taps_ahead: int = 0
     bias_XH: Array | None = None
     normalise: bool = False
 
@@ -154,7 +160,8 @@ class Mixture:
             if branches.local == "none" and not branches.grouped:
                 v = operands.v if operands.convolved_v is None else operands.convolved_v
                 assert branches.conv_WH is not None
-                return convolve(_per_query_head(v, operands.q), branches.conv_WH, rows.segment_ids_BT, rows.shards)
+                v_BTHE, ahead = _per_query_head(v, operands.q), self.taps_ahead
+                return convolve(v_BTHE, branches.conv_WH, rows.segment_ids_BT, rows.shards, ahead=ahead)
             return attend(
                 self._arrays(operands, branches),
                 self._options(branches),
@@ -205,7 +212,7 @@ class Mixture:
         """All branches in one product, unless something comes in between."""
         config, conv_WH = self.config, self.conv_WH
         split = config.normalise_grouped or self.local_factor is not None
-        if not (split or config.castling or operands.convolved_v is not None):
+        if not (split or config.castling or operands.convolved_v is not None or self.taps_ahead):
             return attend(_Branches(config.local, config.grouped, self.alpha, conv_WH))
         # Castling adds the values that the convolution sees, in the official code those of padding too.
         v_BTHE = _per_query_head(operands.v if operands.convolved_v is None else operands.convolved_v, operands.q)
@@ -274,20 +281,31 @@ class AugmentedAttention(Attention):
 
     relu2 and laplace score normalised queries and keys, as released; softmax the scaled ones as they are. The new
     parameters start so that pretrained layers are disturbed least: grouped branch and convolution at 0, as released.
+
+    To another sequence it is the grouped branch alone, to the mean of all its real tokens, so that its size does not
+    depend on their number: y_t = alpha / S sum over s of phi(q_t) . phi(k_s) v_s, with an alpha that starts at 1.
     """
 
     settings = AugmentedConfig
     presets = _ABLATIONS
 
-    def __init__(self, config: AugmentedConfig, sizes: HeadSizes, *, rngs: nnx.Rngs):
+    def __init__(self, config: AugmentedConfig, sizes: HeadSizes, *, rngs: nnx.Rngs, of_memory: bool = False):
         self.config = config
+        if of_memory:
+            require(config.grouped, "attention to another sequence has the grouped branch alone: set grouped=True")
         if config.grouped and config.grouped_weight == "learned":
-            self.alpha = parameter(jnp.zeros(()), (), roles=("new", "attention"))
+            self.alpha = parameter(jnp.full((), float(of_memory)), (), roles=("new", "attention"))
+        if of_memory:
+            return
         if config.local != "none" and config.local_weight == "learned":
             self.local_factor = parameter(jnp.ones(()), (), roles=("new", "attention"))
         if config.convolution:
-            start_WH = jnp.zeros((config.convolution, sizes.heads))
+            start_WH = jnp.zeros((config.convolution + self._taps_ahead, sizes.heads))
             self.filter = parameter(start_WH, (None, "heads"), roles=("new", "attention"))
+
+    @property
+    def _taps_ahead(self) -> int:
+        return 0 if self.config.causal else max(self.config.convolution - 1, 0)
 
     def __call__(
         self,
@@ -299,12 +317,35 @@ class AugmentedAttention(Attention):
         scoring: Scoring | None = None,
     ) -> Float[Array, "B T H E"]:
         """Attend in whole rows, see `Attention`."""
-        require(memory is None, "attention.kind=augmented has no form for the tokens of another sequence yet")
+        if memory is not None:
+            return self.attend_memory(q_BTHD, self.memory_state(k_BSKD, v_BSKE, memory))
         mixture = self._mixture(q_BTHD.shape[-1], scoring)
         # States hold keys that are normalised, so the op cannot do it where parts of rows pass them on.
         if rows.shards is not None and rows.shards.parts > 1:
             return mixture.attend(self._operands(q_BTHD, k_BSKD, v_BSKE), rows)
         return dataclasses.replace(mixture, normalise=True).attend(Operands(q_BTHD, k_BSKD, v_BSKE), rows)
+
+    def memory_state(
+        self, k_BSKD: Float[Array, "B S K D"], v_BSKE: Float[Array, "B S K E"], memory: Rows
+    ) -> Float[Array, "B K P E"]:
+        """Return the mean of phi(k) v^T over the real tokens of another sequence, float32."""
+        ids_BS = memory.segment_ids_BT
+        real_BS = None if ids_BS is None else ids_BS != 0
+        count_B = k_BSKD.shape[1] if real_BS is None else jnp.maximum(jnp.sum(real_BS, axis=1), 1)
+        sums_BKPE = memory_state(unit(k_BSKD), v_BSKE, real_BS, self.config.feature_map)
+        return sums_BKPE / jnp.reshape(jnp.asarray(count_B, jnp.float32), (-1, 1, 1, 1))
+
+    def attend_memory(
+        self, q_BTHD: Float[Array, "B T H D"], state: Float[Array, "B K P E"], scoring: Scoring | None = None
+    ) -> Float[Array, "B T H E"]:
+        """Attend from any tokens to all real ones of another sequence."""
+        y_BTHE = attend_memory(unit(q_BTHD), state, self.config.feature_map)
+        return y_BTHE * jnp.asarray(self._alpha).astype(y_BTHE.dtype)
+
+    @property
+    def _alpha(self) -> Array | float:
+        learned = self.config.grouped and self.config.grouped_weight == "learned"
+        return self.alpha[...] if learned else 1.0
 
     def empty_state(self, sizes: HeadSizes, batch: int, dtype: Any, capacity: int) -> AttentionState:
         """Return the state before the first token; it needs no capacity."""
@@ -346,16 +387,17 @@ class AugmentedAttention(Attention):
         return Mixture(self.config).commit(state, pending, path_BM, count_B)
 
     def _mixture(self, head_size: int, scoring: Scoring | None = None) -> Mixture:
-        config = self.config
+        config, slots = self.config, self.config.group_size * self.config.local_groups
         scoring = scoring or Scoring(head_size**-0.5 if config.local == "softmax" else 1.0)
         weighs_local = config.local != "none" and config.local_weight == "learned"
         return Mixture(
             config,
             scoring.scale,
-            alpha=self.alpha[...] if config.grouped and config.grouped_weight == "learned" else 1.0,
+            alpha=self._alpha,
             local_factor=self.local_factor[...] if weighs_local else None,
             conv_WH=self.filter[...] if config.convolution else None,
-            bias_XH=scoring.bias_XH,
+            taps_ahead=self._taps_ahead,
+            bias_XH=scoring.bias_at(0 if config.causal else 1 - slots, slots, causal=config.causal),
         )
 
     def _operands(self, q: Array, k: Array, v: Array) -> Operands:
@@ -379,9 +421,18 @@ class AugmentedAttention(Attention):
         S = min(groups * config.group_size, tokens)
         scores = 2 * S * H * D if config.local != "none" else 0
         # The convolution shares the product of the scores with the values, unless castling comes in between.
-        weighted = config.local != "none" or (config.convolution > 0 and not config.castling)
+        shares = config.convolution > 0 and not config.castling and config.causal
+        weighted = config.local != "none" or shares
         values = 2 * S * H * E if weighted else 0
         return scores + values + (cls._grouped_flops(config, sizes) if config.grouped else 0)
+
+    @classmethod
+    def memory_flops(
+        cls, config: AugmentedConfig, sizes: HeadSizes, tokens: int, memory_tokens: int
+    ) -> tuple[int, int]:
+        """Return the operations of a query's product with the state, and of a token's part in it."""
+        H, K, D, E = sizes
+        return 2 * H * config.features(D) * E, 2 * K * config.features(D) * E
 
     @classmethod
     def _grouped_flops(cls, config: AugmentedConfig, sizes: HeadSizes) -> int:

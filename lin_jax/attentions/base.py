@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -72,11 +73,20 @@ class Scoring(NamedTuple):
 
     Attributes:
         scale: factor of q . k.
-        bias_XH: added to the score, by distance: row d is distance d, or d + S - 1 where attention is bidirectional.
+        bias_XH: added to the score, by distance t - s: row d is distance d, or distance d - X // 2 where attention is
+            bidirectional. Larger distances have the bias of the last row, and smaller ones that of the first.
     """
 
     scale: float
     bias_XH: Float[Array, "X #H"] | None = None
+
+    def bias_at(self, first: int, stop: int, *, causal: bool) -> Float[Array, "X2 #H"] | None:
+        """Return the bias of the distances from `first` to `stop` - 1; None where there is none."""
+        if self.bias_XH is None:
+            return None
+        rows = self.bias_XH.shape[0]
+        at = np.arange(first, stop) + (0 if causal else rows // 2)
+        return self.bias_XH[np.clip(at, 0, rows - 1)]
 
 
 class OfficialName(NamedTuple):
@@ -110,7 +120,15 @@ class Attention(nnx.Module):
     whole_scores: ClassVar[bool] = False
     config: Any
 
-    def __init__(self, config: AttentionConfig, sizes: HeadSizes, *, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, sizes: HeadSizes, *, rngs: nnx.Rngs, of_memory: bool = False):
+        """Make the attention.
+
+        Args:
+            config: settings of the kind.
+            sizes: of the heads.
+            rngs: random numbers of new parameters.
+            of_memory: whether keys and values are always those of another sequence.
+        """
         self.config = config
 
     def __call__(
@@ -129,13 +147,30 @@ class Attention(nnx.Module):
             k_BSKD: keys, of the same tokens (S is T) or of the memory.
             v_BSKE: values.
             rows: how the queries' tokens lie.
-            memory: how the tokens of keys and values lie, where they are those of another sequence.
+            memory: how the tokens of keys and values lie, where they are those of another sequence. A query sees those
+                with its own segment id, or all real ones where `rows` has no segments.
             scoring: scale and bias of the scores; None leaves them to the kind.
 
         Raises:
             ConfigError: a kind that cannot do this.
         """
         raise NotImplementedError
+
+    def memory_state(self, k_BSKD: Float[Array, "B S K D"], v_BSKE: Float[Array, "B S K E"], memory: Rows) -> Any:
+        """Return what queries need to know of another sequence, one in each row, made once for a whole generation.
+
+        Args:
+            k_BSKD: keys of its tokens.
+            v_BSKE: values.
+            memory: how they lie; segment 0 is padding, and all others are one sequence.
+        """
+        raise ConfigError(f"attention.kind={self.config.kind} has no form for the tokens of another sequence")
+
+    def attend_memory(
+        self, q_BTHD: Float[Array, "B T H D"], state: Any, scoring: Scoring | None = None
+    ) -> Float[Array, "B T H E"]:
+        """Attend from any tokens to another sequence, of which `state` is `memory_state`."""
+        raise ConfigError(f"attention.kind={self.config.kind} has no form for the tokens of another sequence")
 
     def empty_state(self, sizes: HeadSizes, batch: int, dtype: Any, capacity: int) -> Any:
         """Return the state before the first token of `batch` rows.
@@ -195,6 +230,18 @@ class Attention(nnx.Module):
             sizes: of the heads.
             tokens: T, in a row.
             tiled: whether masked tiles of the scores of whole rows are left out.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def memory_flops(cls, config: Any, sizes: HeadSizes, tokens: int, memory_tokens: int) -> tuple[int, int]:
+        """Return the operations of attention to another sequence: per token of a row, and per token of the memory.
+
+        Args:
+            config: settings of the kind.
+            sizes: of the heads.
+            tokens: T, in a row.
+            memory_tokens: S, in the memory.
         """
         raise NotImplementedError
 

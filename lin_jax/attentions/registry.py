@@ -21,9 +21,9 @@ ATTENTIONS: Registry[type[Attention]] = Registry(
 )
 
 
-def make_attention(config: AttentionConfig, sizes: HeadSizes, rngs: nnx.Rngs) -> Attention:
-    """Return a new module of the kind that `config` names."""
-    return ATTENTIONS[config.kind](config, sizes, rngs=rngs)
+def make_attention(config: AttentionConfig, sizes: HeadSizes, rngs: nnx.Rngs, *, of_memory: bool = False) -> Attention:
+    """Return a new module of the kind that `config` names, see `Attention`."""
+    return ATTENTIONS[config.kind](config, sizes, rngs=rngs, of_memory=of_memory)
 
 
 def attention_of_kind(attention: Attention, kind: str) -> Attention:

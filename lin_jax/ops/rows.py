@@ -51,10 +51,12 @@ def convolve(
     filter_WH: Float[Array, "W #H"],
     segment_ids_BT: Int[Array, "B T"] | None,
     shards: Shards | None,
+    *,
+    ahead: int = 0,
 ) -> Float[Array, "B T H E"]:
-    """Return `causal_conv` of rows that may be split."""
+    """Return `causal_conv` of rows that may be split where it is causal."""
     if shards is None:
-        return causal_conv(x_BTHE, filter_WH, segment_ids_BT)
+        return causal_conv(x_BTHE, filter_WH, segment_ids_BT, ahead=ahead)
     reach = filter_WH.shape[0] - 1
 
     def longer(x_BT: Array) -> Array:
@@ -62,7 +64,7 @@ def convolve(
 
     def of_part(x_BTHE: Array, filter_WH: Array, ids_BT: Array | None) -> Array:
         if shards.parts == 1:
-            return causal_conv(x_BTHE, filter_WH, ids_BT)
+            return causal_conv(x_BTHE, filter_WH, ids_BT, ahead=ahead)
         return causal_conv(longer(x_BTHE), filter_WH, None if ids_BT is None else longer(ids_BT))[:, reach:]
 
     arrays = {"x_BTHE": x_BTHE, "filter_WH": filter_WH, "ids_BT": segment_ids_BT}

@@ -96,10 +96,53 @@ def test_a_models_own_scale_and_bias_replace_the_kinds():
     assert np.abs(np.asarray(module(q, k, v, rows, scoring=Scoring(8**-0.5, bias_XH)) - plain)).max() > 1e-2
 
 
+@pytest.mark.parametrize("local", ["relu2", "softmax", "none"])
+def test_both_directions_with_a_centred_convolution(local):
+    module, (q, k, v) = attention(local=local, causal=False), heads()
+    ids = np.array([[1] * 9 + [0] * 2])
+    found = np.asarray(module(q, k, v, place(jnp.asarray(ids), (1, T))))[0]
+    assert module.filter.shape == (5, SIZES.heads)
+    unit_q, unit_k = np.asarray(unit(q))[0], np.asarray(unit(k))[0]
+    plain_q, plain_k, v, taps = np.asarray(q)[0], np.asarray(k)[0], np.asarray(v)[0], np.asarray(module.filter[...])
+    for t, h in np.ndindex(9, SIZES.heads):
+        near, shared, y = [s for s in range(9) if s // G == t // G], h // 2, np.zeros(8)
+        if local == "softmax":
+            weights = np.exp([plain_q[t, h] @ plain_k[s, shared] / 8**0.5 for s in near])
+            y += weights / weights.sum() @ v[near, shared]
+        elif local == "relu2":
+            y += sum(max(unit_q[t, h] @ unit_k[s, shared], 0) ** 2 * v[s, shared] for s in near)
+        y += float(module.alpha[...]) * sum(unit_q[t, h] @ unit_k[s, shared] * v[s, shared] for s in range(9))
+        y += sum(taps[j, h] * v[t - j + 2, shared] for j in range(5) if 0 <= t - j + 2 < 9)
+        np.testing.assert_allclose(found[t, h], y, atol=2e-5)
+
+
+@pytest.mark.parametrize("S", [1, T, 30])
+@pytest.mark.parametrize("feature_map", ["identity", "elu1"])
+def test_another_sequence_of_another_length(S, feature_map):
+    config = AugmentedConfig(causal=False, feature_map=feature_map)
+    module = AugmentedAttention(config, SIZES, rngs=nnx.Rngs(0), of_memory=True)
+    assert float(module.alpha[...]) == 1 and not hasattr(module, "filter")
+    module.alpha.set_value(jnp.float32(0.7))
+    q, (k, v) = heads()[0], (jax.random.normal(jax.random.key(seed), (1, S, 2, 8)) for seed in (5, 6))
+    real = np.arange(S) % 4 != 1
+    # What padding holds must not matter, whatever it is.
+    v = jnp.where(jnp.asarray(real)[None, :, None, None], v, jnp.nan)
+    memory = place(jnp.asarray(real, jnp.int32)[None], (1, S))
+    found = module(q, k, v, place(None, (1, T)), memory=memory)
+    phi = {"identity": lambda x: x, "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))}[feature_map]
+    unit_q, unit_k = phi(np.asarray(unit(q))[0]), phi(np.asarray(unit(k))[0])
+    for t, h in np.ndindex(T, SIZES.heads):
+        weights = (unit_q[t, h] @ unit_k[real, h // 2].T)[:, None]
+        expected = 0.7 * (weights * np.asarray(v)[0, real, h // 2]).mean(axis=0)
+        np.testing.assert_allclose(found[0, t, h], expected, atol=1e-5)
+    once = module.attend_memory(q, module.memory_state(k, v, memory))
+    np.testing.assert_allclose(once, found, atol=1e-6)
+
+
 def test_what_it_cannot_do_is_told_in_a_line():
-    module, rows = attention(), place(None, (1, T))
-    with pytest.raises(ConfigError, match="tokens of another sequence"):
-        module(*heads(), rows, memory=rows)
+    module = attention()
+    with pytest.raises(ConfigError, match="attention to another sequence has the grouped branch alone"):
+        AugmentedAttention(AugmentedConfig(grouped=False), SIZES, rngs=nnx.Rngs(0), of_memory=True)
     with pytest.raises(ConfigError, match="feature_map must be one of identity, .* but is square"):
         AugmentedConfig(feature_map="square")
     random = dataclasses.replace(module.config, feature_map="favor")

@@ -37,13 +37,14 @@ def by_library(x, taps):
     return y.reshape(x.shape)
 
 
-def by_loop(x, taps, ids):
+def by_loop(x, taps, ids, ahead=0):
     y, x, taps = np.zeros(x.shape), np.asarray(x, np.float64), np.asarray(taps, np.float64)
     for b, t in np.ndindex(ids.shape):
-        for back in range(min(len(taps), t + 1)):
-            if ids[b, t] == 0 or ids[b, t - back] != ids[b, t]:
-                break
-            y[b, t] += taps[back][:, None] * x[b, t - back]
+        for tap in range(len(taps)):
+            s = t - tap + ahead
+            between = ids[b, min(s, t) : max(s, t) + 1]
+            if 0 <= s < ids.shape[1] and ids[b, t] and (between == ids[b, t]).all():
+                y[b, t] += taps[tap][:, None] * x[b, s]
     return y
 
 
@@ -63,11 +64,11 @@ def test_gradients_equal_the_library(shared):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("W", [1, 5, 40])
-def test_segments_and_padding(W):
+@pytest.mark.parametrize(("W", "ahead"), [(1, 0), (5, 0), (40, 0), (5, 2), (4, 3), (61, 30)])
+def test_segments_and_padding(W, ahead):
     x, taps = make(W=W)
-    y = causal_conv(x, taps, jnp.asarray(IDS))
-    np.testing.assert_allclose(y, by_loop(x, taps, IDS), atol=1e-5)
+    y = causal_conv_eager(x, taps, jnp.asarray(IDS), ahead=ahead)
+    np.testing.assert_allclose(y, by_loop(x, taps, IDS, ahead), atol=1e-5)
     assert np.all(np.asarray(y)[IDS == 0] == 0)
 
 

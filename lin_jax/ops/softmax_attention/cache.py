@@ -52,12 +52,30 @@ def commit_to_cache(cache: Cache, pending: Pending, path_BQ: Int[Array, "B Q"], 
     return append_to_cache(cache, along_path(pending, path_BQ), count_B)
 
 
-def extend_softmax(q_BTHD: Float[Array, "B T H D"], cache: Cache, before_B: Int[Array, " B"]) -> Array:
-    """Outputs of tokens that are in the cache, the first of them behind `before_B` others: [B, T, H, E]."""
+def extend_softmax(
+    q_BTHD: Float[Array, "B T H D"],
+    cache: Cache,
+    before_B: Int[Array, " B"],
+    *,
+    score_scale: float | None = None,
+    bias_XH: Float[Array, "X #H"] | None = None,
+) -> Float[Array, "B T H E"]:
+    """Return outputs of tokens that are in the cache, the first of them behind `before_B` others.
+
+    Args:
+        q_BTHD: queries.
+        cache: with the tokens' own keys and values.
+        before_B: tokens before the first.
+        score_scale: factor of q . k; None is 1 / sqrt(D).
+        bias_XH: added to the scores, by distance; the last row is that of all larger ones too.
+    """
     T, S = q_BTHD.shape[1], cache.key_BKSD.shape[2]
     position_BT = before_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    seen_BTS = jnp.arange(S, dtype=jnp.int32)[None, None] <= position_BT[:, :, None]
-    weights = masked_softmax(_scores(q_BTHD, cache.key_BKSD), seen_BTS[:, None, None])
+    distance_BTS = position_BT[:, :, None] - jnp.arange(S, dtype=jnp.int32)[None, None]
+    scores = _scores(q_BTHD, cache.key_BKSD, score_scale)
+    if bias_XH is not None:
+        scores += _bias(bias_XH, distance_BTS, scores.shape[1])
+    weights = masked_softmax(scores, (distance_BTS >= 0)[:, None, None])
     return _merge_heads(product("bkjts,bkse->bkjte", weights.astype(q_BTHD.dtype), cache.value_BKSE), q_BTHD)
 
 
@@ -67,14 +85,20 @@ def verify_softmax(
     v_BMKE: Float[Array, "B M K E"],
     tree: Tree,
     cache: Cache,
+    *,
+    score_scale: float | None = None,
+    bias_XH: Float[Array, "X #H"] | None = None,
 ) -> Float[Array, "B M H E"]:
-    """Outputs of all nodes of a tree, each as if its path had been appended to the tokens of the cache.
+    """Return outputs of all nodes of a tree, each as if its path had been appended to the tokens of the cache.
 
-    y = sum over cached tokens and ancestors of softmax(q . k / sqrt(D)) v.
+    y = sum over cached tokens and ancestors of softmax(score_scale q . k + bias) v, see `extend_softmax`.
     """
     S = cache.key_BKSD.shape[2]
-    scores = [_scores(q_BMHD, cache.key_BKSD), _scores(q_BMHD, k_BMKD.swapaxes(1, 2))]
-    weights = masked_softmax(jnp.concatenate(scores, axis=-1), _seen(tree, cache)).astype(v_BMKE.dtype)
+    pair = cache.key_BKSD, k_BMKD.swapaxes(1, 2)
+    scores = jnp.concatenate([_scores(q_BMHD, keys, score_scale) for keys in pair], axis=-1)
+    if bias_XH is not None:
+        scores += _bias(bias_XH, _tree_distances(tree, cache), scores.shape[1])
+    weights = masked_softmax(scores, _seen(tree, cache)).astype(v_BMKE.dtype)
     y = product("bkjts,bkse->bkjte", weights[..., :S], cache.value_BKSE)
     y += product("bkjts,bkse->bkjte", weights[..., S:], v_BMKE.swapaxes(1, 2))
     return _merge_heads(y, q_BMHD)
@@ -88,10 +112,28 @@ def _seen(tree: Tree, cache: Cache) -> Bool[Array, "B 1 1 M SM"]:
     return jnp.concatenate([cached_BMS, nodes_BMM], axis=-1)[:, None, None]
 
 
-def _scores(q_BTHD: Array, k_BKSD: Array) -> Float[Array, "B K J T S"]:
+def _tree_distances(tree: Tree, cache: Cache) -> Int[Array, "B M SM"]:
+    """Return how far nodes stand behind the slots of the cache, and behind each other."""
+    depth_M = jnp.asarray(tree.depth_M, jnp.int32)
+    slot_S = jnp.arange(cache.key_BKSD.shape[2], dtype=jnp.int32)
+    slots_BMS = cache.length_B[:, None, None] + depth_M[None, :, None] - slot_S[None, None]
+    nodes_MM = depth_M[:, None] - depth_M[None]
+    return jnp.concatenate([slots_BMS, jnp.broadcast_to(nodes_MM[None], (len(slots_BMS), *nodes_MM.shape))], axis=-1)
+
+
+def _bias(bias_XH: Array, distance_BTS: Array, K: int) -> Float[Array, "B K #J T S"]:
+    """Return the bias of every score; of distances below 0 any numbers, as nothing sees them."""
+    by_distance = bias_XH.astype(jnp.float32)[jnp.clip(distance_BTS, 0, bias_XH.shape[0] - 1)]
+    B, T, S, H = by_distance.shape
+    by_head = by_distance.transpose(0, 3, 1, 2)
+    return by_head[:, :, None] if H == 1 else by_head.reshape(B, K, H // K, T, S)
+
+
+def _scores(q_BTHD: Array, k_BKSD: Array, scale: float | None) -> Float[Array, "B K J T S"]:
     B, T, H, D = q_BTHD.shape
     K = k_BKSD.shape[1]
-    return D**-0.5 * product("btkjd,bksd->bkjts", q_BTHD.reshape(B, T, K, H // K, D), k_BKSD)
+    scale = D**-0.5 if scale is None else scale
+    return scale * product("btkjd,bksd->bkjts", q_BTHD.reshape(B, T, K, H // K, D), k_BKSD)
 
 
 def _merge_heads(y_BKJTE: Array, like_BTHD: Array) -> Float[Array, "B T H E"]:
