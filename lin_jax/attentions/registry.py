@@ -23,7 +23,9 @@ ATTENTIONS: Registry[type[Attention]] = Registry(
 
 def make_attention(config: AttentionConfig, sizes: HeadSizes, rngs: nnx.Rngs, *, of_memory: bool = False) -> Attention:
     """Return a new module of the kind that `config` names, see `Attention`."""
-    return ATTENTIONS[config.kind](config, sizes, rngs=rngs, of_memory=of_memory)
+    # Kinds that have no memory need not know that there are others.
+    options = {"of_memory": True} if of_memory else {}
+    return ATTENTIONS[config.kind](config, sizes, rngs=rngs, **options)
 
 
 def attention_of_kind(attention: Attention, kind: str) -> Attention:
