@@ -288,6 +288,7 @@ class AugmentedAttention(Attention):
 
     settings = AugmentedConfig
     presets = _ABLATIONS
+    bidirectional = takes_bias = takes_memory = True
 
     def __init__(self, config: AugmentedConfig, sizes: HeadSizes, *, rngs: nnx.Rngs, of_memory: bool = False):
         self.config = config
@@ -407,11 +408,11 @@ class AugmentedAttention(Attention):
         return Operands(q, k, v, unit(q), unit(k)) if self.config.grouped else Operands(q, k, v)
 
     @classmethod
-    def refusal(cls, config: AugmentedConfig) -> str | None:
+    def refusal(cls, config: AugmentedConfig, architecture: str) -> str | None:
         """Return what of these settings only FLASH has."""
         if not config.widens:
             return None
-        return f"attention.feature_map={config.feature_map} is FLASH's; use identity, unit, relu or elu1"
+        return f"feature_map={config.feature_map} is FLASH's; use identity, unit, relu or elu1"
 
     @classmethod
     def flops(cls, config: AugmentedConfig, sizes: HeadSizes, tokens: int, *, tiled: bool = False) -> int:

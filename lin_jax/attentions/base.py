@@ -113,11 +113,17 @@ class Attention(nnx.Module):
         settings: the class of its settings.
         presets: names of whole sections of settings, for the command line, with what they set.
         whole_scores: whether it makes the scores of a whole row, which is what takes memory.
+        bidirectional: whether it has a form in which tokens see later ones.
+        takes_bias: whether it adds the bias of `Scoring` to its scores.
+        takes_memory: whether it has a form for the tokens of another sequence.
     """
 
     settings: ClassVar[type[AttentionConfig]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     whole_scores: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    takes_memory: ClassVar[bool] = False
     config: Any
 
     def __init__(self, config: AttentionConfig, sizes: HeadSizes, *, rngs: nnx.Rngs, of_memory: bool = False):
@@ -217,8 +223,13 @@ class Attention(nnx.Module):
         return None if config.causal else NOT_CAUSAL
 
     @classmethod
-    def refusal(cls, config: Any) -> str | None:
-        """Return what in these settings only another model than LLaMA and GPT-2 has, in one line; None if nothing."""
+    def refusal(cls, config: Any, architecture: str) -> str | None:
+        """Return which of these settings a model of separate projections does not have, and what to do; else None.
+
+        Args:
+            config: settings of the kind.
+            architecture: name of the model.
+        """
         return None
 
     @classmethod

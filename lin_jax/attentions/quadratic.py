@@ -24,7 +24,7 @@ class QuadraticAttention(Attention):
 
     settings = QuadraticConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"quadratic": {}}
-    whole_scores = True
+    whole_scores = bidirectional = takes_bias = True
 
     def __call__(
         self,
@@ -44,10 +44,10 @@ class QuadraticAttention(Attention):
     @classmethod
     def undecodable(cls, config: QuadraticConfig) -> str | None:
         """Return why it cannot be decoded, see `Attention`."""
-        return "attention.kind=quadratic reads whole rows and cannot be decoded; train kind=augmented"
+        return "kind=quadratic reads whole rows and cannot be decoded; train kind=augmented"
 
     @classmethod
-    def refusal(cls, config: QuadraticConfig) -> str | None:
+    def refusal(cls, config: QuadraticConfig, architecture: str) -> str | None:
         """Return why only FLASH has it."""
         return "attention.kind=quadratic is FLASH's; use augmented, softmax or longlora"
 

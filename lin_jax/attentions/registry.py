@@ -66,13 +66,39 @@ def with_kind(attention: AttentionConfig, kind: str, **changes: Any) -> Attentio
     return settings(**{**{name: getattr(attention, name) for name in own & shared}, "kind": kind, **changes})
 
 
-def check_transformer_attention(attention: AttentionConfig, depth: int) -> None:
-    """Raise `ConfigError` for an attention that a causal model of separate projections does not have."""
-    require(attention.causal, "attention.causal=false is not for models that predict the next token")
-    refusal = ATTENTIONS[attention.kind].refusal(attention)
-    require(refusal is None, str(refusal))
+def check_attention(
+    attention: AttentionConfig,
+    depth: int,
+    architecture: str,
+    *,
+    name: str = "attention",
+    causal: bool = True,
+    bias: bool = False,
+    memory: bool = False,
+) -> None:
+    """Raise `ConfigError` for an attention that a model of separate projections does not have.
+
+    Args:
+        attention: its settings.
+        depth: layers that have it.
+        architecture: name of the model.
+        name: of the field in the model's settings.
+        causal: whether the model's tokens see earlier ones alone.
+        bias: whether its scores have a bias by distance.
+        memory: whether its keys and values are those of another sequence.
+    """
+    kind, told = ATTENTIONS[attention.kind], f"{name}.kind={attention.kind}"
+    if causal:
+        require(attention.causal, f"{name}.causal=false is not for models that predict the next token")
+    else:
+        require(not attention.causal, f"{name}.causal=true is not for {architecture}, where tokens see later ones too")
+        require(kind.bidirectional, f"{told} sees earlier tokens alone, and is not for {architecture}'s {name}")
+    require(kind.takes_bias or not bias, f"{told} takes no bias of positions, and is not for {architecture}'s {name}")
+    require(kind.takes_memory or not memory, f"{told} has no form for the tokens of another sequence")
+    refusal = kind.refusal(attention, architecture)
+    require(refusal is None, f"{name}.{refusal}")
     softmax_layers = getattr(attention, "softmax_layers", ())
     require(
         all(layer < depth for layer in softmax_layers),
-        f"attention.softmax_layers={softmax_layers} names a layer that depth={depth} does not have",
+        f"{name}.softmax_layers={softmax_layers} names a layer that depth={depth} does not have",
     )

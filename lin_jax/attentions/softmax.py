@@ -37,7 +37,7 @@ class SoftmaxAttention(Attention):
 
     settings = SoftmaxConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"softmax": {}}
-    whole_scores = True
+    whole_scores = bidirectional = takes_bias = takes_memory = True
 
     def __call__(
         self,

@@ -7,7 +7,14 @@ import numpy as np
 
 from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.convert.conversion import Conversion, attention_entries
-from lin_jax.convert.hugging_face_config import attention_from, attention_to, compute_type, names_ending
+from lin_jax.convert.hugging_face_config import (
+    attention_from,
+    attention_to,
+    compute_type,
+    labels_from,
+    labels_to,
+    names_ending,
+)
 from lin_jax.convert.names import Entry, transposed
 from lin_jax.models.gpt2 import Gpt2Config
 from lin_jax.settings.foreign import Fields
@@ -67,6 +74,7 @@ def config_from_hugging_face(fields: Fields, shapes: Mapping[str, tuple[int, ...
     for name, needed in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         found = fields.get(name, bool, needed)
         fields.require(found == needed, f"{name}={str(found).lower()} is not supported")
+    labels = shapes["score.weight"][0] if len(shapes.get("score.weight", ())) == 2 else 0
     return Gpt2Config(
         vocabulary_size=fields.get("vocab_size", int),
         width=width,
@@ -76,7 +84,8 @@ def config_from_hugging_face(fields: Fields, shapes: Mapping[str, tuple[int, ...
         positions=fields.get("n_positions" if "n_positions" in fields else "n_ctx", int),
         norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-5),
         tie_embeddings=fields.get("tie_word_embeddings", bool, IS_TIED),
-        labels=shapes["score.weight"][0] if len(shapes.get("score.weight", ())) == 2 else 0,
+        labels=labels,
+        label_names=labels_from(fields, labels),
         attention=attention_from(fields, _official_attention(shapes)),
         dtype=compute_type(fields),
     )
@@ -93,7 +102,7 @@ def _official_attention(shapes: Mapping[str, tuple[int, ...]]) -> AugmentedConfi
 
 def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
     """The contents of a config.json."""
-    values: dict[str, Any] = {
+    return {
         "architectures": ["GPT2ForSequenceClassification" if config.labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocabulary_size,
@@ -105,11 +114,9 @@ def config_to_hugging_face(config: Gpt2Config) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_epsilon,
         "activation_function": "gelu_new",
         "tie_word_embeddings": config.tie_embeddings,
+        **labels_to(config),
         **attention_to(config.attention),
     }
-    if config.labels:
-        values["num_labels"] = config.labels
-    return values
 
 
 def extra_tensors(config: Gpt2Config) -> dict[str, np.ndarray]:
@@ -127,6 +134,6 @@ CONVERSION = Conversion(
     embedding=EMBEDDING,
     head=HEAD,
     is_tied=IS_TIED,
-    replaced=("n_ctx",),
+    replaced=("n_ctx", "num_labels"),
     conv1d=CONV1D,
 )

@@ -32,6 +32,26 @@ def attention_to(attention: AttentionConfig) -> dict[str, Any]:
     return {KEY: {"attention": {name: value for name, value in values.items() if name != "implementation"}}}
 
 
+def labels_from(fields: Fields, count: int) -> tuple[str, ...]:
+    """Return the names of `count` classes; none where they are those that transformers makes up."""
+    named = fields.section("id2label")
+    names = tuple(named.get(str(label), str, f"LABEL_{label}") for label in range(count))
+    return () if names == _made_up(count) else names
+
+
+def labels_to(config: Any) -> dict[str, Any]:
+    """Return what `labels_from` reads, of the settings of a model; nothing where it has no classes."""
+    names = config.label_names or _made_up(config.labels)
+    if not names:
+        return {}
+    by_number = {str(label): name for label, name in enumerate(names)}
+    return {"id2label": by_number, "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def _made_up(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{label}" for label in range(count))
+
+
 def compute_type(fields: Fields) -> Literal["float32", "bfloat16"]:
     """The type of activations: the one that the weights have, except that float16 is computed in float32."""
     older = fields.get("torch_dtype", str, "float32")

@@ -18,8 +18,11 @@ from lin_jax.layers.rows import Rows
 from lin_jax.layers.stack import each_layer, run_layers, unstack_layers
 from lin_jax.ops.target import decoding_type
 from lin_jax.ops.tree import Tree
-from lin_jax.settings.base import DTYPE_DOC, REMAT_DOC, require, setting
+from lin_jax.settings.base import DTYPE_DOC, REMAT_DOC, require, require_at_least_zero, setting
 from lin_jax.settings.typed import Settings
+
+LABELS_DOC = "classes of a classification head, 1 for a number; 0: the model has none"
+LABEL_NAMES_DOC = "names of the classes, in their order; empty: they are numbers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class ModelConfig(Settings):
     Attributes:
         free: settings that may differ from those of the model that a run starts from, as they don't say what its
             parameters are.
+        attention_fields: names of the settings that are attentions; a model with several stacks has several.
         row_limit: tokens of the longest row that the model can read; None: any number.
     """
 
@@ -41,6 +45,7 @@ class ModelConfig(Settings):
     remat: Literal["none", "full", "dots"] = setting("none", REMAT_DOC)
 
     free: ClassVar[tuple[str, ...]] = ("attention", "dtype", "remat")
+    attention_fields: ClassVar[tuple[str, ...]] = ("attention",)
 
     @property
     def row_limit(self) -> int | None:
@@ -49,6 +54,16 @@ class ModelConfig(Settings):
 
     def check_segments(self) -> None:
         """Raise `ConfigError` where the model cannot keep the documents of a row apart."""
+
+
+def check_labels(config: Any) -> None:
+    """Raise `ConfigError` unless `labels` and `label_names` of a model's settings agree."""
+    require_at_least_zero(config, "labels")
+    names = config.label_names
+    require(
+        not names or len(set(names)) == len(names) == config.labels,
+        f"label_names must be labels={config.labels} different names, but is {names}",
+    )
 
 
 class Matrix(NamedTuple):
@@ -75,6 +90,7 @@ class Model(nnx.Module):
             has none.
         has_softmax_form: whether its layers are made of `attend` and `feed`, so that softmax attention can stand in
             any of them: what attention transfer needs.
+        can_classify: whether it has `classify`, where its settings say `labels`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
     """
 
@@ -82,6 +98,7 @@ class Model(nnx.Module):
     cut_sizes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     conversion: ClassVar[Any] = None
     has_softmax_form: ClassVar[bool] = False
+    can_classify: ClassVar[bool] = False
     plain_scores: ClassVar[bool] = True
     config: Any
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attentions.augmented import paper_attention
 from lin_jax.attentions.base import AttentionConfig, HeadSizes
-from lin_jax.attentions.registry import ATTENTIONS, check_transformer_attention, make_attention
+from lin_jax.attentions.registry import ATTENTIONS, check_attention, make_attention
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
@@ -18,8 +18,17 @@ from lin_jax.layers.parameter import Path, parameter
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rows import place
 from lin_jax.layers.stack import stack_layers
-from lin_jax.models.base import Decoder, Matrix, ModelConfig, ResidualLayer, check_cache
-from lin_jax.settings.base import require, require_at_least_zero, require_positive, setting, variants
+from lin_jax.models.base import (
+    LABEL_NAMES_DOC,
+    LABELS_DOC,
+    Decoder,
+    Matrix,
+    ModelConfig,
+    ResidualLayer,
+    check_cache,
+    check_labels,
+)
+from lin_jax.settings.base import require, require_positive, setting, variants
 
 # Standard deviation of initial matrices; the two that write to the residual have it divided by sqrt(2 L).
 DEVIATION = 0.02
@@ -38,7 +47,8 @@ class Gpt2Config(ModelConfig):
     positions: int = setting(1024, "learned positions, and so tokens in the longest row", most=2**24)
     norm_epsilon: float = setting(1e-5, "added to the variance in norms")
     tie_embeddings: bool = setting(True, "the head shares the embedding's matrix")
-    labels: int = setting(0, "classes of a sequence-classification head; 0: the model has none", most=2**20)
+    labels: int = setting(0, LABELS_DOC, most=2**20)
+    label_names: tuple[str, ...] = setting((), LABEL_NAMES_DOC)
     attention: AttentionConfig = variants(paper_attention, ATTENTIONS, "the attention of every layer")
 
     free: ClassVar[tuple[str, ...]] = (*ModelConfig.free, "positions")
@@ -46,9 +56,9 @@ class Gpt2Config(ModelConfig):
     def _check(self) -> None:
         require_positive(self, "vocabulary_size", "width", "depth", "heads", "feed_forward_size", "positions")
         require_positive(self, "norm_epsilon")
-        require_at_least_zero(self, "labels")
+        check_labels(self)
         require(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
-        check_transformer_attention(self.attention, self.depth)
+        check_attention(self.attention, self.depth, self.architecture)
 
     @property
     def head_size(self) -> int:
@@ -106,7 +116,7 @@ class Gpt2(Decoder):
     settings = Gpt2Config
     cut_sizes: ClassVar[dict[str, tuple[str, ...]]] = {"heads": ("heads",), "feed_forward": ("feed_forward_size",)}
     conversion = "lin_jax.convert.gpt2:CONVERSION"
-    has_softmax_form = True
+    has_softmax_form = can_classify = True
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         V, C = config.vocabulary_size, config.width
@@ -154,10 +164,13 @@ class Gpt2(Decoder):
         return self.logits(x_BTC).astype(jnp.float32)
 
     def classify(
-        self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        partition: Partition = WHOLE,
     ) -> Float[Array, "B labels"]:
         """Return logits of the classes of each row, read from its last real token; needs `labels` in the config."""
-        x_BTC = self.features(tokens_BT, segment_ids_BT)
+        x_BTC = self.features(tokens_BT, segment_ids_BT, partition)
         B, T = tokens_BT.shape
         real_BT = jnp.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT != 0
         last_B = T - 1 - jnp.argmax(real_BT[:, ::-1], axis=1)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attentions.augmented import paper_attention
 from lin_jax.attentions.base import AttentionConfig, HeadSizes
-from lin_jax.attentions.registry import ATTENTIONS, check_transformer_attention, make_attention
+from lin_jax.attentions.registry import ATTENTIONS, check_attention, make_attention
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
@@ -55,7 +55,7 @@ class LlamaConfig(ModelConfig):
             f"heads={self.heads} is not divisible by key_value_heads={self.key_value_heads}",
         )
         require(self.head_size % 2 == 0, f"head_size must be even (rotated pairs), but is {self.head_size}")
-        check_transformer_attention(self.attention, self.depth)
+        check_attention(self.attention, self.depth, self.architecture)
 
 
 class LlamaAttention(nnx.Module):

@@ -146,7 +146,7 @@ def test_what_it_cannot_do_is_told_in_a_line():
     with pytest.raises(ConfigError, match="feature_map must be one of identity, .* but is square"):
         AugmentedConfig(feature_map="square")
     random = dataclasses.replace(module.config, feature_map="favor")
-    assert "feature_map=favor is FLASH's" in str(AugmentedAttention.refusal(random))
+    assert "feature_map=favor is FLASH's" in str(AugmentedAttention.refusal(random, "llama"))
     with pytest.raises(ConfigError, match=r"parts, which is no multiple of model\.attention\.group_size=4"):
         AugmentedAttention.check_parts(module.config, 6, "parts")
     with pytest.raises(ConfigError, match="parts, fewer than the 11 that"):

@@ -12,7 +12,7 @@ from lin_jax.attentions.quadratic import QuadraticConfig
 from lin_jax.attentions.registry import (
     ATTENTIONS,
     attention_of_kind,
-    check_transformer_attention,
+    check_attention,
     make_attention,
     preset_names,
     with_kind,
@@ -62,4 +62,4 @@ def test_layers_of_two_kinds():
 )
 def test_what_transformers_do_not_have(config, message):
     with pytest.raises(ConfigError, match=message):
-        check_transformer_attention(config, 2)
+        check_attention(config, 2, "llama")
