@@ -15,17 +15,19 @@ from lin_jax.settings.program import exit_code
 def run(arguments: Sequence[str] | None) -> None:
     """Measure, print what came out, and write it."""
     # Imported here because it takes seconds, in which Ctrl-C is answered already.
-    from lin_jax.evaluate.arguments import parse
-    from lin_jax.evaluate.tasks import TASKS, output_file
+    from lin_jax.evaluate.arguments import output_file, parse
+    from lin_jax.evaluate.tasks.registry import EVALUATIONS
     from lin_jax.paths import write_whole
 
     known, overrides = parse(__doc__, arguments)
     output = output_file(known)
-    measure, _ = TASKS[known.task]
-    text, record = measure(known, overrides)
+    text, record, beside = EVALUATIONS[known.task].measure(known, overrides)
     print(text, flush=True)
-    write_whole(output, (json.dumps(record, indent=2) + "\n").encode())
-    print(f"written to {output}")
+    files = {output: json.dumps(record, indent=2) + "\n"}
+    files |= {output.with_suffix(ending): more for ending, more in beside.items()}
+    for file, content in files.items():
+        write_whole(file, content.encode())
+        print(f"written to {file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

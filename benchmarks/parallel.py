@@ -125,7 +125,7 @@ def first_gradient(model: ModelConfig, mesh: MeshConfig, devices: int) -> tuple[
     loss = parts.task.loss(parts.structure, parts.partition)
 
     def mean(parameters: Any, constants: Any, batch: Any) -> jax.Array:
-        sums = loss(parameters, {}, constants, batch)
+        sums = loss(parameters, {}, constants, batch, None)
         return sums.loss / sums.weight
 
     state = start(parts)

@@ -95,7 +95,9 @@ class Config(Settings):
             f"data.sequence_length={self.data.sequence_length} is more than the model's positions={limit}",
         )
         require(
-            self.optimizer.warmup_steps < self.train.steps or self.optimizer.schedule == "constant",
+            self.optimizer.warmup_steps < self.train.steps
+            or self.optimizer.schedule == "constant"
+            or self.train.epochs > 0,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be smaller than train.steps={self.train.steps}",
         )
 

@@ -98,7 +98,7 @@ class Parity(TextTask):
         return model.parity(self.features(model, batch, partition))[..., 0].astype(jnp.float32)
 
     def loss(self, structure, partition):
-        def loss(trained, frozen, constants, batch):
+        def loss(trained, frozen, constants, batch, key):
             logits_BT = self._logits(structure, partition, trained, frozen, constants, batch)
             nll_BT = jax.nn.softplus(jnp.where(batch["even"], -logits_BT, logits_BT))
             nll = jnp.sum(nll_BT * batch["weights"])
@@ -157,7 +157,7 @@ class Distillation(LanguageModelling):
         return {"teacher": self.config.finetune.teacher}
 
     def loss(self, structure, partition):
-        def loss(trained, frozen, constants, batch):
+        def loss(trained, frozen, constants, batch, key):
             model = structure.model(trained, frozen, constants, partition)
             logits_BTV = model.head(self.features(model, batch, partition))
             wanted_BTV = jax.nn.softmax(model.teacher.head(self.features(model.teacher, batch, partition)))

@@ -11,10 +11,13 @@ class TrainConfig(Settings):
     """The training loop."""
 
     steps: int = setting(1000, "updates of the parameters")
+    epochs: float = setting(
+        0.0, "times that every example is learned from; 0: as often as steps says, which counts only then", most=2**20
+    )
     microbatches: int = setting(
         1, "parts into which a batch is cut to save memory; their gradients are summed", most=2**20
     )
-    seed: int = setting(0, "seed of the initial parameters", most=2**32 - 1)
+    seed: int = setting(0, "seed of the initial parameters and of dropout", most=2**32 - 1)
     loss_chunk: int = setting(1024, "positions whose logits are in memory at a time, for each device", most=2**24)
     log_every: int = setting(10, "steps between lines of metrics")
     evaluate_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end")
@@ -23,4 +26,4 @@ class TrainConfig(Settings):
 
     def _check(self) -> None:
         require_positive(self, "steps", "microbatches", "loss_chunk", "log_every", "max_skipped")
-        require_at_least_zero(self, "evaluate_every", "evaluate_batches", "seed")
+        require_at_least_zero(self, "epochs", "evaluate_every", "evaluate_batches", "seed")

@@ -28,9 +28,10 @@ from lin_jax.settings.train import TrainConfig
 from lin_jax.tasks.loss import LossSums
 
 Batch = dict[str, jax.Array]
-# (trained parameters, frozen parameters, constants, batch) -> sums over the batch
-Loss = Callable[[Any, Any, Any, Batch], LossSums]
-# The same arguments -> a tree of arrays, which are added up over batches.
+# (trained parameters, frozen parameters, constants, batch, random key of dropout) -> sums over the batch; the key is
+# None for models without dropout.
+Loss = Callable[[Any, Any, Any, Batch, jax.Array | None], LossSums]
+# The first four of these -> a tree of arrays, which `Validation.sums` adds up over batches or `rows` joins.
 Evaluation = Callable[[Any, Any, Any, Batch], Any]
 
 
@@ -76,6 +77,12 @@ class Validation(Protocol):
     def sums(self, name: str) -> Any:
         """Return what `Task.evaluation` gives, added up in float64 over the batches of a validation set."""
 
+    def rows(self, name: str) -> Any:
+        """Return what `Task.evaluation` gives, arrays [B, ...], joined over the batches of a validation set.
+
+        Every process gets the rows of all, those that fill up a last batch among them.
+        """
+
     def model(self) -> nnx.Module:
         """Return the model itself, to generate texts with."""
 
@@ -104,6 +111,9 @@ class Task(abc.ABC):
         keeps_attention: whether a model must keep the attention that it has in `finetune.checkpoint`.
         needs_base: whether there must be a `finetune.checkpoint`.
         free_settings: settings that a resumed run may change.
+        counts_examples: whether the data are examples that can be counted, so that `train.epochs` means something;
+            such a task makes steps of them in `complete`.
+        unit: what the weights of a batch count, for people.
     """
 
     settings: ClassVar[type[FinetuneConfig]] = FinetuneConfig
@@ -115,6 +125,8 @@ class Task(abc.ABC):
     keeps_attention: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     free_settings: ClassVar[tuple[str, ...]] = ()
+    counts_examples: ClassVar[bool] = False
+    unit: ClassVar[str] = "tokens"
 
     def __init__(self, config: RunSettings):
         self.config = config
@@ -136,12 +148,27 @@ class Task(abc.ABC):
             f"finetune.checkpoint is empty, but objective={finetune.objective} changes a model: give the run to start "
             "from",
         )
+        require(
+            self.counts_examples or self.config.train.epochs == 0,
+            f"train.epochs={self.config.train.epochs:g} needs examples that can be counted, which "
+            f"objective={finetune.objective} has none of: give train.steps instead",
+        )
+
+    def complete(self) -> RunSettings:
+        """Return the settings of the run with those that its data decide, such as names of classes.
+
+        It is asked once, before anything is made, also by a run that goes on; a run's saved settings are these.
+        """
+        return self.config
 
     # What a batch holds, and where it is from.
 
     @abc.abstractmethod
     def batch_fields(self) -> Mapping[str, BatchField]:
-        """Return the arrays of a batch by name; what the data have beside them is left out."""
+        """Return the arrays of the largest batch by name; what the data have beside them is left out.
+
+        Others may have fewer columns, not fewer rows. A step is compiled for each shape as it first comes.
+        """
 
     @abc.abstractmethod
     def check_data(self, tokenizer: Tokenizer) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from lin_jax.data.pipeline import validation_bytes_per_token
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.layers.parameter import Path
@@ -28,12 +30,13 @@ class LanguageModelling(TextTask):
 
     def evaluation(self, structure: Structure, partition: Partition) -> Evaluation:
         """Return the cross-entropy alone."""
-        return self._cross_entropy(structure, partition, 0.0)
+        loss = self._cross_entropy(structure, partition, 0.0)
+        return lambda trained, frozen, constants, batch: loss(trained, frozen, constants, batch, None)
 
     def _cross_entropy(self, structure: Structure, partition: Partition, z_loss: float) -> Loss:
-        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
+        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch, key: jax.Array | None) -> LossSums:
             model = structure.model(trained, frozen, constants, partition)
-            features_BTC = self.features(model, batch, partition)
+            features_BTC = self.features(model, batch, partition, key)
             return self.next_token_loss(model, features_BTC, batch, partition, z_loss=z_loss)
 
         return loss

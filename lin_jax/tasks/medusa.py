@@ -99,9 +99,9 @@ class MedusaTraining(LanguageModelling):
         """Return the loss of the heads, and of the model where it trains with them."""
         z_loss = self.config.optimizer.z_loss
 
-        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
+        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch, key: Array | None) -> LossSums:
             model = structure.model(trained, frozen, constants, partition)
-            features_BTC = self.features(model, batch, partition)
+            features_BTC = self.features(model, batch, partition, key)
             of_heads = self._heads_loss(model.medusa, features_BTC, batch, partition)
             if not self.config.finetune.trains_model:
                 return LossSums(of_heads, of_heads, jnp.sum(batch["weights"]))

@@ -53,9 +53,12 @@ class TextTask(Task):
         """Return the batch's segment ids; None where rows are single sequences, so that models leave out masks."""
         return batch["segment_ids"] if self.config.data.packing == "segments" else None
 
-    def features(self, model: Any, batch: Batch, partition: Partition) -> Float[Array, "B T C"]:
-        """Return what the model's head reads of a batch."""
-        features_BTC = model.features(batch["tokens"], self.segment_ids(batch), partition)
+    def features(
+        self, model: Any, batch: Batch, partition: Partition, key: Array | None = None
+    ) -> Float[Array, "B T C"]:
+        """Return what the model's head reads of a batch; `key` is that of dropout, which few models have."""
+        dropout = {} if key is None else {"dropout_key": key}
+        features_BTC = model.features(batch["tokens"], self.segment_ids(batch), partition, **dropout)
         return partition.constrain(features_BTC, "batch", "tokens", None)
 
     def next_token_loss(

@@ -66,7 +66,7 @@ class AttentionTransfer(LanguageModelling):
     def loss(self, structure: Structure, partition: Partition) -> Loss:
         """Return the squared error; `structure` keeps the start."""
 
-        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch) -> LossSums:
+        def loss(trained: Any, frozen: Any, constants: Any, batch: Batch, key: Array | None) -> LossSums:
             student = structure.model(trained, frozen, constants, partition)
             teacher = structure.model({}, frozen, constants, partition)
             error_BT = attention_errors(student, teacher, batch["tokens"], self.segment_ids(batch), partition)

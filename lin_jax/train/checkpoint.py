@@ -47,6 +47,7 @@ FREE_SETTINGS = (
     "model.attention.implementation",
     "finetune.checkpoint",  # It may be moved; what is frozen must have the same checksums.
     "train.steps",
+    "train.epochs",
     "train.microbatches",
     "train.loss_chunk",
     "train.log_every",

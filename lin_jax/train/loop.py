@@ -21,7 +21,7 @@ from lin_jax.train.distributed import any_process, only_first, settled
 from lin_jax.train.metrics import METRICS, MetricsLog, draw_learning_curve
 from lin_jax.train.parts import Parts, abstract_batch, make_parts, make_step
 from lin_jax.train.record import RECORD
-from lin_jax.train.start import Ready, new_state, open_workdir, prepare, with_absolute_base
+from lin_jax.train.start import Ready, completed, new_state, open_workdir, prepare
 from lin_jax.train.state import TrainState, abstract_state
 from lin_jax.train.stop import StopRequest
 from lin_jax.train.trainable import step_flops, structure_of
@@ -63,7 +63,7 @@ def train(config: Config, report: Report = print, stop: StopRequest | None = Non
     Raises:
         ConfigError: a setting or an input is wrong (nothing has been written then), or training diverged.
     """
-    config, report = with_absolute_base(config), only_first(report)
+    config, report = completed(config), only_first(report)
     partition = sharding.make_partition(config.mesh)
     with contextlib.closing(workdir.RunLock(config.workdir)) as lock:
         lock.take()
@@ -110,6 +110,7 @@ def _train(
         parts.task.best_by,
         report,
         restored.metrics,
+        parts.task.unit,
     )
     saver = checkpoint.Checkpoints(config, restored, frozen, fingerprints, log.message)
     try:
@@ -142,6 +143,7 @@ class _Run:
         self._parts, self._log, self._saver, self._stop = parts, log, saver, stop
         self._train, self._files = parts.config.train, files
         self._evaluator = Evaluator(parts, tokenizer)
+        self._step, self._compiled = make_step(parts), dict[tuple[Any, ...], Any]()
         self._tracing = False
 
     def run(self, state: TrainState, start: int, iterator: Iterator) -> Result:
@@ -151,16 +153,20 @@ class _Run:
             self._log.message(f"resumed from the checkpoint of step {start}")
         elif self._parts.config.finetune.checkpoint and self._train.evaluate_every:
             self._validate(0, state)  # What the model can do before it is changed further.
-        update: Any = self._compile(state) if start < steps else None
+        if start < steps:
+            self._compile(state, abstract_batch(self._parts))
         self._log.restart_clock()
         with self._stop.saving():
-            return self._steps(update, state, start, iterator)
+            return self._steps(state, start, iterator)
 
-    def _steps(self, update: Any, state: TrainState, start: int, iterator: Iterator) -> Result:
+    def _steps(self, state: TrainState, start: int, iterator: Iterator) -> Result:
         steps = self._train.steps
         for step in range(start + 1, steps + 1):
             self._profile(step - start)
-            state, metrics = settled(update(state, self._parts.feed(next(iterator))))
+            batch = self._parts.feed(next(iterator))
+            if _shapes(batch) not in self._compiled:
+                self._compile(state, batch)
+            state, metrics = settled(self._compiled[_shapes(batch)](state, batch))
             self._log.add(step, metrics)
             if self._is_told_to_stop(step):
                 self._save(step, state, iterator)
@@ -226,17 +232,23 @@ class _Run:
         self._log.restart_clock()
         return found
 
-    def _compile(self, state: TrainState) -> Any:
-        """The training step, compiled ahead, which tells its memory."""
-        parts = self._parts
+    def _compile(self, state: TrainState, batch: Mapping[str, Any]) -> None:
+        """Compile the step for batches of this shape, the largest first, which tells its memory."""
+        first = not self._compiled
+        if not first:
+            self._flush()  # Compilation is no part of the speed.
         begin = time.perf_counter()
-        compiled = make_step(parts).lower(state, abstract_batch(parts)).compile()
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        compiled = self._step.lower(state, batch).compile()
         seconds = time.perf_counter() - begin
-        self._log.message(
-            f"{_count_parameters(parts.structure)} on {devices}; compiled in {seconds:.0f} s{_memory(compiled)}"
-        )
-        return compiled
+        self._compiled[_shapes(batch)] = compiled
+        if first:
+            devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            parameters = _count_parameters(self._parts.structure)
+            told = f"{parameters} on {devices}; compiled in {seconds:.0f} s{_memory(compiled)}"
+        else:
+            told = f"compiled for batches of {_told(batch)} in {seconds:.0f} s"
+        self._log.message(told)
+        self._log.restart_clock()
 
     def _profile(self, step: int) -> None:
         """Start or stop the trace; `step` counts from the start of this process."""
@@ -282,6 +294,17 @@ class _Run:
                 self._log.message(f"{directory / result.name}: {result.told}")
         except OSError as error:
             self._log.message(f"warning: {directory} cannot be written to ({first_line(error)})")
+
+
+def _shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a step is compiled for."""
+    return tuple((name, batch[name].shape) for name in sorted(batch))
+
+
+def _told(batch: Mapping[str, Any]) -> str:
+    """Return the shapes of a batch for people."""
+    shapes = dict.fromkeys(array.shape for array in batch.values() if array.ndim > 1)
+    return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
 def _memory(compiled: Any) -> str:

@@ -25,7 +25,7 @@ from lin_jax.train.step import StepMetrics
 
 METRICS = "metrics.jsonl"
 # What differs between two runs of the same settings.
-_TIMES = ("step_seconds", "tokens_per_second", "mfu")
+_TIMES = ("step_seconds", "tokens_per_second", "examples_per_second", "mfu")
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -57,6 +57,7 @@ class MetricsLog:
         measure: str,
         report: Callable[[str], None],
         checksum: int | None = None,
+        unit: str = "tokens",
     ):
         """Go on with the metrics of a run.
 
@@ -68,11 +69,13 @@ class MetricsLog:
             measure: a measure that lines of evaluations hold.
             report: is called with lines for the user.
             checksum: what the metrics had at `step`, where it is known.
+            unit: what the weights of a batch count.
 
         Raises:
             ConfigError: they cannot be written.
         """
         self._steps, self._flops_per_token, self._report = steps, flops_per_token, report
+        self._unit = unit
         self._pending: list[tuple[int, StepMetrics]] = []
         self._bar: Any = None
         self._sinks: list[_JsonLines | _Board] = []
@@ -154,11 +157,11 @@ class MetricsLog:
         values = list(values)
         seconds = (now - self._mark) / len(values)
         self._mark = now
-        tokens_per_second = float(np.mean([value.tokens for value in values])) / seconds
-        speed = {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
+        per_second = float(np.mean([value.tokens for value in values])) / seconds
+        speed = {"step_seconds": seconds, f"{self._unit}_per_second": per_second}
         peak = peak_flops(jax.devices()[0].device_kind)
-        if peak is not None:
-            speed["mfu"] = tokens_per_second * self._flops_per_token / (peak * jax.device_count())
+        if peak is not None and self._unit == "tokens":
+            speed["mfu"] = per_second * self._flops_per_token / (peak * jax.device_count())
         return speed
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
@@ -174,7 +177,7 @@ class MetricsLog:
         left = (self._steps - last["step"]) * last["step_seconds"]
         losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
         loss = f"loss {np.mean(losses):.4f}" if losses else "loss not finite"
-        parts = [loss, f"{last['tokens_per_second']:,.0f} tokens/s", f"{last['step_seconds']:.3g} s/step"]
+        parts = [loss, f"{last[f'{self._unit}_per_second']:,.0f} {self._unit}/s", f"{last['step_seconds']:.3g} s/step"]
         if "mfu" in last:
             parts.append(f"MFU {last['mfu']:.1%}")
         if last["skipped"]:
@@ -245,7 +248,7 @@ def draw_learning_curve(workdir: Path) -> Path:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="nats per token", title=workdir.name)
+    axes.set(xlabel="step", ylabel="loss", title=workdir.name)
     if axes.has_data():
         axes.legend()
     axes.grid(alpha=0.3)

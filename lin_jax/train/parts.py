@@ -70,6 +70,7 @@ def make_step(parts: Parts) -> Any:
         parts.shardings,
         parts.of_batch,
         parts.partition,
+        config.train.seed if getattr(config.model, "dropout", 0) else None,
     )
 
 
@@ -80,7 +81,7 @@ def make_evaluation(parts: Parts) -> Any:
 
 
 def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes, types and shardings of what `make_step` reads."""
+    """Return shapes, types and shardings of the largest batch that `make_step` reads."""
     return {
         name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=parts.of_batch[name])
         for name, field in parts.task.batch_fields().items()

@@ -34,12 +34,14 @@ class Ready:
     text: str
 
 
-def with_absolute_base(config: Config) -> Config:
-    """Return settings that name the model to start from wherever they are read."""
-    if not config.finetune.checkpoint:
-        return config
-    path = absolute(config.finetune.checkpoint)
-    return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
+def completed(config: Config) -> Config:
+    """Return settings that name the model to start from wherever they are read, with those that the data decide."""
+    if config.finetune.checkpoint:
+        path = absolute(config.finetune.checkpoint)
+        config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
+    found = task_of(config).complete()
+    assert isinstance(found, Config)
+    return found
 
 
 def prepare(config: Config, partition: Partition) -> Ready:

@@ -22,30 +22,40 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # mean over tokens of what is learned: negative log-likelihood in nats, or squared error
     gradient_norm: jax.Array
     learning_rate: jax.Array
-    tokens: jax.Array  # sum of weights
+    tokens: jax.Array  # sum of weights, whatever `Task.unit` they count
     skipped: jax.Array  # steps skipped since the start
     skipped_in_a_row: jax.Array
 
 
-def gradient_sums(loss: Callable[[Any, Batch], LossSums], parameters: Any, batch: Batch, microbatches: int) -> Any:
+def gradient_sums(
+    loss: Callable[[Any, Batch, jax.Array | None], LossSums],
+    parameters: Any,
+    batch: Batch,
+    microbatches: int,
+    key: jax.Array | None = None,
+) -> Any:
     """Return `LossSums` of a batch and the float32 gradient of their `loss`, one microbatch at a time.
 
-    Sums, not means, are added, so the result does not depend on `microbatches`, whatever the weights are.
+    Sums, not means, are added, so the result does not depend on `microbatches`, whatever the weights are. With a `key`,
+    of dropout, it does: each microbatch has one of its own.
     """
 
-    def one(part: Batch) -> tuple[LossSums, Any]:
+    def one(part: Batch, number: jax.Array | int) -> tuple[LossSums, Any]:
+        own = None if key is None else jax.random.fold_in(key, number)
+
         def with_sums(parameters: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss(parameters, part)
+            sums = loss(parameters, part, own)
             return sums.loss, sums
 
         gradient, sums = jax.grad(with_sums, has_aux=True)(parameters)
         return sums, gradient
 
     if microbatches == 1:
-        return one(batch)
+        return one(batch, 0)
     parts = jax.tree.map(lambda rows: _microbatches(rows, microbatches), batch)
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(one, batch))
-    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)[0]
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(one, batch, 0))
+    numbered = parts, jnp.arange(microbatches)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None), zeros, numbered)[0]
 
 
 def _microbatches(rows: jax.Array, count: int) -> jax.Array:
@@ -61,14 +71,19 @@ def make_train_step(
     shardings: TrainState,
     of_batch: Mapping[str, NamedSharding],
     partition: Partition,
+    dropout_seed: int | None = None,
 ) -> Any:
-    """Return a jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up."""
+    """Return a jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up.
+
+    `dropout_seed` and the number of the step decide what is dropped; None: nothing is.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        def of_parameters(parameters: Any, part: Batch) -> LossSums:
-            return loss(parameters, state.frozen, state.constants, part)
+        def of_parameters(parameters: Any, part: Batch, key: jax.Array | None) -> LossSums:
+            return loss(parameters, state.frozen, state.constants, part, key)
 
-        sums, gradient = gradient_sums(of_parameters, state.parameters, batch, microbatches)
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+        sums, gradient = gradient_sums(of_parameters, state.parameters, batch, microbatches, key)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         gradient = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g / weight, gradient), shardings.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)

@@ -49,13 +49,21 @@ class StateValidation:
 
     def sums(self, name: str) -> Any:
         """Return the sums over the batches of a validation set, at most `train.evaluate_batches` of them."""
+        return _add_up(self._evaluated(name))
+
+    def rows(self, name: str) -> Any:
+        """Return the rows of the batches of a validation set, at most `train.evaluate_batches` batches."""
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *self._evaluated(name))
+
+    def _evaluated(self, name: str) -> Any:
+        """Return what the task's evaluation gives for each batch."""
         parts, state = self._evaluator.parts, self._state
         found = []
         with contextlib.closing(parts.task.validation_batches(name, self.tokenizer, parts.feed.own)) as batches:
             for batch in itertools.islice(batches, parts.config.train.evaluate_batches or None):
                 trees = state.parameters, state.frozen, state.constants
                 found.append(settled(self._evaluator.step(*trees, parts.feed(batch))))
-        return _add_up(jax.device_get(found))
+        return jax.device_get(found)
 
     def model(self) -> nnx.Module:
         """Return the model with this state's parameters."""

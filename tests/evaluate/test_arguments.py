@@ -6,8 +6,9 @@ import os
 import pytest
 
 import eval as program
-from lin_jax.evaluate.arguments import parse
-from lin_jax.evaluate.tasks import TASKS, output_file
+from lin_jax.evaluate.arguments import output_file, parse
+from lin_jax.evaluate.tasks.base import Outcome
+from lin_jax.evaluate.tasks.perplexity import PerplexityTask
 from lin_jax.settings.base import ConfigError
 
 RUN = ["--checkpoint", "run"]
@@ -77,15 +78,16 @@ def test_what_cannot_be_written_is_found_out_before_anything_is_measured(tmp_pat
 
     def measure(known, overrides):
         measured.append(known)
-        return "the text", {"a": 1}
+        return Outcome("the text", {"a": 1}, {".tsv": "more"})
 
-    monkeypatch.setitem(TASKS, "perplexity", (measure, "evaluation"))
+    monkeypatch.setattr(PerplexityTask, "measure", measure)
     (tmp_path / "run").mkdir()
     arguments = ["--checkpoint", str(tmp_path / "run")]
     assert program.main([*arguments, "--output", str(tmp_path / "results/today/e.json")]) == 2 and not measured
     assert "there is no directory" in capsys.readouterr().err
     assert program.main(arguments) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == {"a": 1}
+    assert (tmp_path / "run" / "evaluation.tsv").read_text() == "more"
     assert capsys.readouterr().out.startswith("the text\nwritten to ")
 
 
@@ -93,9 +95,9 @@ def test_what_was_measured_is_printed_even_if_it_cannot_be_written(tmp_path, mon
     def measure(known, overrides):
         (tmp_path / "run").rmdir()
         (tmp_path / "run").write_text("no directory any more")
-        return "the text", {}
+        return Outcome("the text", {})
 
-    monkeypatch.setitem(TASKS, "perplexity", (measure, "evaluation"))
+    monkeypatch.setattr(PerplexityTask, "measure", measure)
     (tmp_path / "run").mkdir()
     assert program.main(["--checkpoint", str(tmp_path / "run")]) == 2
     printed = capsys.readouterr()

@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_the_tokens_that_heads_guess(settings, batch, heads_
     parts = start(config)
     own, found = by_hand(*parts, batch)
     of_heads = sum(0.8**k * sum(loss for loss, _ in of_head) for k, of_head in enumerate(found, start=1))
-    sums = MedusaTraining(config).loss(parts[0], mesh())(*parts[1:], batch)
+    sums = MedusaTraining(config).loss(parts[0], mesh())(*parts[1:], batch, None)
     expected = of_heads if heads_weight is None else own + heads_weight * of_heads
     np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
     np.testing.assert_allclose(sums.weight, batch["weights"].sum())
@@ -175,7 +175,7 @@ def test_the_gradient_reaches_what_trains_alone(settings, batch, finetune):
     config = settings("unused", finetune)
     structure, trained, frozen, constants = start(config)
     loss = MedusaTraining(config).loss(structure, mesh())
-    gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch).loss)(trained)
+    gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch, None).loss)(trained)
     flat = nnx.traversals.flatten_mapping(gradient)
     reached = {path[0] if path[0] == "medusa" else path[-1] for path, leaf in flat.items() if jnp.any(leaf != 0)}
     assert reached == ({"medusa", "a", "b", "weight"} if finetune.trains_model else {"medusa"})

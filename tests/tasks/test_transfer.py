@@ -107,7 +107,7 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     loss = AttentionTransfer(settings).loss(structure, make_partition(MeshConfig(), jax.devices()[:1]))
     weights = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32)
     batch = {"tokens": TOKENS, "segment_ids": SEGMENTS, "targets": TOKENS, "weights": weights}
-    gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch).loss)(trained)
+    gradient = jax.grad(lambda trained: loss(trained, frozen, constants, batch, None).loss)(trained)
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
     mixing = gradient["layers"]["attention"]["mixing"]
     np.testing.assert_array_equal(mixing["filter"][1], 0)  # the layer that keeps softmax attention
@@ -115,7 +115,9 @@ def test_only_trained_attention_gets_a_gradient_and_the_start_stays():
     step = 1e-2
     moved = [
         float(
-            loss(jax.tree.map(lambda p, d, s=sign: p + s * step * d, trained, direction), frozen, constants, batch).loss
+            loss(
+                jax.tree.map(lambda p, d, s=sign: p + s * step * d, trained, direction), frozen, constants, batch, None
+            ).loss
         )
         for sign in (1, -1)
     ]

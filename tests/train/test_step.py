@@ -12,6 +12,7 @@ import pytest
 from lin_jax.experiment import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from lin_jax.models.structure import make_structure
 from lin_jax.tasks.language_model import LanguageModelling
+from lin_jax.tasks.loss import LossSums
 from lin_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from lin_jax.train.sharding import batch_sharding, batch_shardings, make_partition
 from lin_jax.train.state import initial_state, state_shardings
@@ -66,8 +67,8 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
     parameters, constants = STRUCTURE.initialise(jnp.uint32(0))
     batch = jax.tree.map(jnp.asarray, make_batch())
 
-    def loss(parameters, part):
-        return TASK.loss(STRUCTURE, partition)(parameters, {}, constants, part)
+    def loss(parameters, part, key):
+        return TASK.loss(STRUCTURE, partition)(parameters, {}, constants, part, key)
 
     sums, gradient = jax.jit(lambda p, b: gradient_sums(loss, p, b, microbatches))(parameters, batch)
     value, expected = jax.jit(jax.value_and_grad(plain_loss))(parameters, constants, batch)
@@ -78,6 +79,21 @@ def test_gradient_is_that_of_the_plain_loss(microbatches):
         np.testing.assert_allclose(found / sums.weight, truth, rtol=0, atol=3e-6 * np.abs(truth).max())
 
     jax.tree.map(compare, gradient, expected)
+
+
+def test_every_microbatch_of_every_step_has_a_key_of_its_own_for_dropout():
+    # A loss that is the key's random number times the parameter: its gradient tells which keys were used.
+    def loss(parameters, part, key):
+        value = jax.random.uniform(key) * parameters
+        return LossSums(value, value, jnp.ones(()))
+
+    def used(key):
+        return float(gradient_sums(loss, jnp.ones(()), jnp.zeros((4, 1)), 4, key)[1])
+
+    keys = [jax.random.fold_in(jax.random.key(0), step) for step in range(2)]
+    expected = [sum(float(jax.random.uniform(jax.random.fold_in(key, part))) for part in range(4)) for key in keys]
+    np.testing.assert_allclose([used(key) for key in keys], expected, rtol=1e-6)
+    assert used(keys[0]) == used(keys[0]) != used(keys[1])
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""What `eval.py` can measure, one file a task."""

@@ -1,0 +1,13 @@
+"""The tasks of `eval.py`, by the name that `--task` gives them."""
+
+from lin_jax.evaluate.tasks.base import EvaluationTask
+from lin_jax.settings.registry import Registry
+
+EVALUATIONS: Registry[type[EvaluationTask]] = Registry(
+    "task",
+    "task",
+    {
+        "perplexity": "lin_jax.evaluate.tasks.perplexity:PerplexityTask",
+        "speculative": "lin_jax.evaluate.tasks.speculative:SpeculativeTask",
+    },
+)
