@@ -64,6 +64,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
     if config.source == "stdlib":
         plain = dataclasses.replace(config, separator=None, encoding_errors="replace")
         return _open_files(stdlib_files(), plain, split, has_both=True)
+    require(config.source == "text", f"data.source={config.source} has labelled examples, not a text to read on")
     return _open_text(config, split)
 
 

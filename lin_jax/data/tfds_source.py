@@ -9,6 +9,8 @@ import tensorflow_datasets as tfds
 import tensorflow_datasets.summarization  # noqa: F401  (registers its builders)
 import tensorflow_datasets.text  # noqa: F401  (registers its builders)
 
+from lin_jax.data.examples import Examples
+from lin_jax.data.glue import GlueTask
 from lin_jax.data.holdout import held_out
 from lin_jax.data.index import without_surrogates
 from lin_jax.settings.base import ConfigError, require
@@ -149,3 +151,17 @@ def _check_apart(builder: Any, config: DataConfig) -> None:
         f"{config.tfds_name}: data.train_split={config.train_split} and "
         f"data.validation_split={config.validation_split} share examples; try {config.train_split}[:95%] and [95%:]",
     )
+
+
+def tfds_examples(config: DataConfig, glue: GlueTask, split: str) -> Examples:
+    """Return a split of `glue/TASK`; labels are numbers of classes, which are spelled as GLUE's files spell them."""
+    config = dataclasses.replace(config, tfds_name=f"glue/{config.task}", text_field=glue.tfds_texts[0])
+    builder = _prepared_builder(config)
+    examples = list(_examples(builder, config, split))
+    columns = [[example[name].decode("utf-8") for example in examples] for name in glue.tfds_texts]
+    found = [example["label"] for example in examples]
+    labels: list[str] | None = [glue.values[int(label)] if glue.values else f"{label:g}" for label in found]
+    if split.startswith("test"):  # All are -1 there.
+        labels = None
+    name = f"{config.tfds_name} {split}"
+    return Examples(name, columns[0], columns[1] if len(columns) > 1 else None, labels, range(1, len(examples) + 1))

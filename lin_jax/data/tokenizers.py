@@ -99,6 +99,16 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
+    def encode_examples(
+        self, first: Sequence[str], second: Sequence[str] | None, length: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the token ids and token types, int32, of texts, or of pairs of texts, that a model is to read whole.
+
+        The tokenizer's own special tokens stand around and between them. What is longer than `length` loses tokens at
+        its end, one at a time, always of the text that is the longer one then.
+        """
+
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids."""
 
@@ -140,6 +150,18 @@ class BytesTokenizer(Tokenizer):
         first = len(text[:start].encode())
         return self.encode(text), first, first + len(text[start:stop].encode())
 
+    def encode_examples(
+        self, first: Sequence[str], second: Sequence[str] | None, length: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the bytes of texts, those of a pair one after another, with types 0 and 1."""
+        found = []
+        for a, b in zip(first, second if second is not None else itertools.repeat(""), strict=second is not None):
+            parts = [self.encode(a), self.encode(b)]
+            sizes = longest_first(len(parts[0]), len(parts[1]), length)
+            parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+            found.append((np.concatenate(parts), np.repeat(np.arange(2, dtype=np.int32), sizes)))
+        return found
+
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of bytes; ends of documents are left out."""
         return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
@@ -164,6 +186,7 @@ class LibraryTokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
+        self._cut: dict[int, tokenizers.Tokenizer] = {}
         self._has_fallback_bytes = '"ByteFallback"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
         self.end_id = end_id
         self.begin_id = begin_id
@@ -221,6 +244,34 @@ class LibraryTokenizer(Tokenizer):
         beyond = len(begins) if stop == len(text) else int(np.searchsorted(begins, stop))
         return np.array(encoding.ids, np.int32), first, beyond
 
+    def encode_examples(
+        self, first: Sequence[str], second: Sequence[str] | None, length: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids and types as the tokenizer's own post-processor makes them; without one, pairs are joined."""
+        backend = self._cut_to(length)
+        inputs = list(first) if second is None else list(zip(first, second, strict=True))
+        try:
+            encodings = backend.encode_batch(inputs, add_special_tokens=True)
+        except Exception as error:  # the library raises Exception itself
+            raise ConfigError(
+                f"data.sequence_length={length} has no room for the tokenizer's special tokens: {first_line(error)}"
+            ) from error
+        return [(np.array(found.ids, np.int32), np.array(found.type_ids, np.int32)) for found in encodings]
+
+    def _cut_to(self, length: int) -> tokenizers.Tokenizer:
+        """Return the tokenizer with truncation, which belongs to a copy of its own."""
+        if length not in self._cut:
+            backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            backend.encode_special_tokens = True
+            try:
+                backend.enable_truncation(length, strategy="longest_first")
+            except Exception as error:  # the library raises Exception itself
+                raise ConfigError(
+                    f"data.sequence_length={length} has no room for the tokenizer's special tokens: {first_line(error)}"
+                ) from error
+            self._cut[length] = backend
+        return self._cut[length]
+
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
@@ -240,6 +291,17 @@ class LibraryTokenizer(Tokenizer):
         """Write the tokenizer in the library's own format."""
         info = {"kind": "tokenizers", "end_id": self.end_id, "begin_id": self.begin_id, "end_ids": self.end_ids}
         _write_files(directory, {_LIBRARY_FILE: self._backend.to_str(), _INFO: json.dumps(info)})
+
+
+def longest_first(first: int, second: int, length: int) -> tuple[int, int]:
+    """Return how much of two texts is kept where tokens are taken from the longer one until `length` are left."""
+    if first + second <= length:
+        return first, second
+    # The shorter one stays whole while it is no more than half; else both have half, the first one token more.
+    short = min(first, second, length // 2)
+    if min(first, second) == short:
+        return (short, length - short) if first <= second else (length - short, short)
+    return length - length // 2, length // 2
 
 
 def _encoding(encode: Callable[..., list[tokenizers.Encoding]], text: str) -> tokenizers.Encoding:

@@ -11,12 +11,33 @@ from lin_jax.settings.typed import Settings
 class DataConfig(Settings):
     """Where text comes from and how it becomes rows of tokens."""
 
-    source: Literal["tfds", "text", "stdlib"] = setting(
+    source: Literal["tfds", "text", "stdlib", "glue", "table"] = setting(
         "stdlib",
-        "tfds: a prepared TensorFlow dataset; text: files; stdlib: this Python's own library source, always there",
+        "tfds: a prepared TensorFlow dataset; text: files; stdlib: this Python's own library source, always there; "
+        "labelled examples: glue, or table for any .tsv .csv .jsonl",
     )
-    path: tuple[str, ...] = setting((), "source=text: files or globs of .txt .jsonl, plain or .gz .zst")
-    validation_path: tuple[str, ...] = setting((), "source=text: files held out; empty holds out validation_fraction")
+    path: tuple[str, ...] = setting(
+        (),
+        "source=text: files or globs of .txt .jsonl, plain or .gz .zst; table: files; glue: the directory with "
+        "SST-2/train.tsv and so on, empty for TensorFlow Datasets",
+    )
+    validation_path: tuple[str, ...] = setting(
+        (), "source=text, table: files held out; empty holds out validation_fraction"
+    )
+    test_path: tuple[str, ...] = setting((), "source=table: files to predict labels for, which they need not have")
+    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = setting(
+        "sst2", "source=glue: the task of GLUE"
+    )
+    second_field: str = setting("", "source=table: column of the second text of a pair; empty: texts stand alone")
+    label_field: str = setting(
+        "label", "source=table: column of the label; files without header have numbers for names: 1, 2, ..."
+    )
+    label_kind: Literal["class", "number"] = setting("class", "source=table: what labels are")
+    padding: Literal["bucket", "fixed"] = setting(
+        "bucket",
+        "rows of examples are filled up to the next of a few lengths, so that little is computed for nothing, or all "
+        "to sequence_length",
+    )
     validation_fraction: float = setting(
         0.05, "part of the documents held out where the source has no validation split"
     )
@@ -24,7 +45,7 @@ class DataConfig(Settings):
     tfds_directory: str | None = setting(None, "source=tfds: where it was prepared; None is ~/tensorflow_datasets")
     train_split: str = setting("train", "source=tfds: split to train on")
     validation_split: str = setting("validation", "source=tfds: split to evaluate on")
-    text_field: str = setting("text", "field that holds the text in .jsonl lines and TFDS examples")
+    text_field: str = setting("text", "field that holds the text in .jsonl lines, TFDS examples and tables")
     separator: str | None = setting(
         None, "source=text: string between documents of a plain text file; None makes a file one document"
     )
@@ -52,13 +73,15 @@ class DataConfig(Settings):
     def _check(self) -> None:
         require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
         require_at_least_zero(self, "seed")
-        require_paths(self, "path", "validation_path", "tfds_name", "tfds_directory", "cache_directory", "tokenizer")
+        require_paths(
+            self, "path", "validation_path", "test_path", "tfds_name", "tfds_directory", "cache_directory", "tokenizer"
+        )
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}",
         )
         require(
-            self.source != "text" or bool(self.path or self.validation_path),
+            self.source not in ("text", "table") or bool(self.path or self.validation_path or self.test_path),
             "path is empty: give files with --config.data.path=FILE_OR_GLOB",
         )
         require(self.separator != "", "separator must not be the empty string; None makes a file one document")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from lin_jax.data import tfds_source
+from lin_jax.data.examples import open_examples
 from lin_jax.data.sources import open_source
 from lin_jax.experiment import ConfigError, DataConfig
 
@@ -88,3 +90,13 @@ def test_bytes_that_are_not_utf8(directory):
     object.__setattr__(source, "examples", [{"text": b"a \xff"}] * 50)
     with pytest.raises(ConfigError, match=r"tiny_texts example 0: .*data\.encoding_errors=replace"):
         source[0]
+
+
+def test_glue_is_read_by_its_names_there(monkeypatch):
+    rows = [{"sentence1": b"A", "sentence2": "é".encode(), "label": label} for label in (1, 0)]
+    monkeypatch.setattr(tfds_source, "_prepared_builder", lambda config: config.tfds_name)
+    monkeypatch.setattr(tfds_source, "_examples", lambda builder, config, split: rows if "glue/rte" == builder else [])
+    config = DataConfig(source="glue", task="rte")
+    train, test = open_examples(config, "train"), open_examples(config, "RTE")
+    assert (train.first, train.second, train.labels) == (["A", "A"], ["é", "é"], ["not_entailment", "entailment"])
+    assert test.labels is None and len(test) == 2
