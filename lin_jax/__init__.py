@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lin_jax.convert.load import load as load
     from lin_jax.decode.text import generate as generate
+    from lin_jax.evaluate.classify import classify as classify
 
 __version__ = "0.1.0"
 
 # Imported when they are asked for, so that `import lin_jax` stays light.
-_HOMES = {"load": "lin_jax.convert.load", "generate": "lin_jax.decode.text"}
+_HOMES = {"load": "lin_jax.convert.load", "generate": "lin_jax.decode.text", "classify": "lin_jax.evaluate.classify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,7 @@ from lin_jax.settings.mesh import MeshConfig as MeshConfig
 from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
 from lin_jax.settings.typed import Settings, shown
+from lin_jax.tasks.classification import ClassificationFinetuneConfig as ClassificationFinetuneConfig
 from lin_jax.tasks.medusa import MedusaFinetuneConfig as MedusaFinetuneConfig
 from lin_jax.tasks.registry import TASKS, task_of
 from lin_jax.tasks.transfer import TransferFinetuneConfig as TransferFinetuneConfig

@@ -95,6 +95,20 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, placement: P
     Raises:
         ConfigError: it is not one, of an unknown architecture, or its files do not agree with each other.
     """
+    config, family, tensors = _opened(directory, adapter)
+    ours = {name: name.removeprefix(CONSTANTS) for name in tensors if name.startswith(CONSTANTS)}
+    plain = Renamed(tensors, {name: name for name in tensors if name not in ours}) if ours else tensors
+    weights = read_tensors(config, family.name_table(config), plain, family.ignored(config), placement)
+    return dataclasses.replace(weights, constants=_read_constants(config, {ours[name]: tensors[name] for name in ours}))
+
+
+def read_model_settings(directory: Path) -> ModelConfig:
+    """Return the settings of a directory's model, without its parameters; raise `ConfigError` as for these."""
+    return _opened(directory, None)[0]
+
+
+def _opened(directory: Path, adapter: Path | None) -> tuple[Any, Conversion, Tensors]:
+    """Return the settings of a directory's model, what knows its names, and its tensors, which are not read yet."""
     fields = read_config(directory)
     family = conversion_of_type(fields.get("model_type", str), fields.place)
     quantized = fields.section("quantization_config")
@@ -105,10 +119,7 @@ def read_hugging_face(directory: Path, adapter: Path | None = None, placement: P
     elif adapter is not None:
         tensors = Adapted(tensors, adapter, family.conv1d)
     config = _config(family, Fields({**fields.values, "tie_word_embeddings": is_tied}, fields.place), tensors)
-    ours = {name: name.removeprefix(CONSTANTS) for name in tensors if name.startswith(CONSTANTS)}
-    plain = Renamed(tensors, {name: name for name in tensors if name not in ours}) if ours else tensors
-    weights = read_tensors(config, family.name_table(config), plain, family.ignored(config), placement)
-    return dataclasses.replace(weights, constants=_read_constants(config, {ours[name]: tensors[name] for name in ours}))
+    return config, family, tensors
 
 
 def _config(family: Conversion, fields: Fields, tensors: Tensors) -> Any:

@@ -151,7 +151,8 @@ def _on_its_own(config: Config, tokenizer: str) -> Config:
     data = config.data
     if data.tokenizer == "checkpoint":
         data = dataclasses.replace(data, tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data, finetune=FinetuneConfig())
+    train = dataclasses.replace(config.train, epochs=0.0)  # Only some tasks count them.
+    return dataclasses.replace(config, data=data, train=train, finetune=FinetuneConfig())
 
 
 def _read_llama2c(file: Path, placement: Placement) -> ModelWeights:

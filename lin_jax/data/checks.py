@@ -14,7 +14,7 @@ def check_vocabulary(config: DataConfig, model_vocabulary_size: int) -> None:
         ConfigError: the vocabulary that would be learned is larger than the model's.
     """
     if config.tokenizer == "train":
-        _check_fits(config.tokenizer_vocabulary, model_vocabulary_size, "data.tokenizer_vocabulary")
+        check_fits(config.tokenizer_vocabulary, model_vocabulary_size, "data.tokenizer_vocabulary")
 
 
 def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokenizer) -> str:
@@ -26,9 +26,7 @@ def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokeni
     Raises:
         ConfigError: something is missing or wrong; the message says what, and how to mend it.
     """
-    _check_fits(
-        tokenizer.vocabulary_size, model_vocabulary_size, f"the vocabulary of data.tokenizer={config.tokenizer}"
-    )
+    check_fits(tokenizer.vocabulary_size, model_vocabulary_size, f"the vocabulary of data.tokenizer={config.tokenizer}")
     validation = open_source(config, "validation")
     require(len(validation) > 0, "the validation split is empty; raise data.validation_fraction or give another split")
     token_pairs(validation, tokenizer, 0)
@@ -44,7 +42,8 @@ def check_data(config: DataConfig, model_vocabulary_size: int, tokenizer: Tokeni
     )
 
 
-def _check_fits(size: int, model_vocabulary_size: int, what: str) -> None:
+def check_fits(size: int, model_vocabulary_size: int, what: str) -> None:
+    """Raise `ConfigError` unless a model knows all `size` tokens of a vocabulary, `what` in the message."""
     require(
         size <= model_vocabulary_size,
         f"{what} is {size}, more than model.vocabulary_size={model_vocabulary_size}; "

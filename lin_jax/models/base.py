@@ -91,6 +91,9 @@ class Model(nnx.Module):
         has_softmax_form: whether its layers are made of `attend` and `feed`, so that softmax attention can stand in
             any of them: what attention transfer needs.
         can_classify: whether it has `classify`, where its settings say `labels`.
+        classifier: the first parts of the paths of what `classify` needs and a model that was trained to do something
+            else may lack: the head, and what stands before it.
+        has_token_types: whether it tells the texts of a pair apart by `token_types_BT`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
     """
 
@@ -99,6 +102,8 @@ class Model(nnx.Module):
     conversion: ClassVar[Any] = None
     has_softmax_form: ClassVar[bool] = False
     can_classify: ClassVar[bool] = False
+    classifier: ClassVar[tuple[str, ...]] = ()
+    has_token_types: ClassVar[bool] = False
     plain_scores: ClassVar[bool] = True
     config: Any
 

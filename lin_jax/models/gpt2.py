@@ -117,6 +117,7 @@ class Gpt2(Decoder):
     cut_sizes: ClassVar[dict[str, tuple[str, ...]]] = {"heads": ("heads",), "feed_forward": ("feed_forward_size",)}
     conversion = "lin_jax.convert.gpt2:CONVERSION"
     has_softmax_form = can_classify = True
+    classifier = ("score",)
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         V, C = config.vocabulary_size, config.width

@@ -39,7 +39,13 @@ class FinetuneConfig(Settings):
     former: ClassVar[Mapping[str, str | None]] = {"medusa": None}
 
     checkpoint: str = setting(
-        "", "run of lin_jax, also one that convert_weights.py wrote, to start from; empty: random parameters"
+        "",
+        "what to start from: a run of lin_jax, also one that convert_weights.py wrote, or a Hugging Face directory; "
+        "empty: random parameters",
+    )
+    settings: Literal["config", "checkpoint"] = setting(
+        "config",
+        "where the model's settings are from; those of checkpoint leave attention, dtype, remat and dropout to config",
     )
     train: tuple[TrainedGroup, ...] = setting(
         ("all",),
@@ -56,6 +62,7 @@ class FinetuneConfig(Settings):
             self.lora.rank == 0 or "all" not in self.train,
             "train=all leaves nothing for adapters: say what trains besides them, such as new,norm,embedding",
         )
+        require(self.settings == "config" or bool(self.checkpoint), "settings=checkpoint needs finetune.checkpoint")
         if not self.checkpoint:
             plain = self.train == ("all",) and self.lora.rank == 0
             require(plain, "checkpoint is empty, but random parameters must all train: give the run to start from")

@@ -107,6 +107,7 @@ class Task(abc.ABC):
             the set's name in front.
         adds: names of what the task adds to a model, the first parts of its parameters' paths. These parameters are
             new where the model that a run starts from lacks them, and always train.
+        starts_fresh: those of `adds` that are new also where the model that a run starts from has them.
         keeps_start: whether the loss also needs the parameters that train as they were at the start (a teacher).
         keeps_attention: whether a model must keep the attention that it has in `finetune.checkpoint`.
         needs_base: whether there must be a `finetune.checkpoint`.
@@ -117,10 +118,11 @@ class Task(abc.ABC):
     """
 
     settings: ClassVar[type[FinetuneConfig]] = FinetuneConfig
-    best_by: ClassVar[str] = "validation_loss"
-    higher_is_better: ClassVar[bool] = False
+    best_by: str = "validation_loss"
+    higher_is_better: bool = False
     validation_sets: tuple[str, ...] = ("",)
-    adds: ClassVar[tuple[str, ...]] = ()
+    adds: tuple[str, ...] = ()
+    starts_fresh: tuple[str, ...] = ()
     keeps_start: ClassVar[bool] = False
     keeps_attention: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
@@ -154,6 +156,14 @@ class Task(abc.ABC):
             f"objective={finetune.objective} has none of: give train.steps instead",
         )
 
+    def free_of(self, base: ModelConfig) -> tuple[str, ...]:
+        """Return settings of the model that may differ from those of `base`, which a run starts from.
+
+        Raises:
+            ConfigError: the task cannot start from such a model.
+        """
+        return ()
+
     def complete(self) -> RunSettings:
         """Return the settings of the run with those that its data decide, such as names of classes.
 
@@ -183,6 +193,10 @@ class Task(abc.ABC):
         self, name: str, tokenizer: Tokenizer, rows: Sequence[int] | np.ndarray
     ) -> grain.DatasetIterator:
         """Return the batches of a validation set, the given rows of each; the last is filled up with zeros."""
+
+    def real_tokens(self, batch: Batch) -> tuple[jax.Array, int] | None:
+        """Return how many tokens of a batch are no padding, and of how many: of batches that are not packed full."""
+        return None
 
     # What is learned.
 

@@ -86,7 +86,8 @@ def _train(
 ) -> Result:
     config, tokenizer = parts.config, ready.tokenizer
     abstract = abstract_state(parts.structure, parts.optimizer, parts.shardings)
-    start = new_state(parts) if parts.structure.has_frozen or not ready.resumes else None
+    told = report if not ready.resumes else lambda line: None
+    start = new_state(parts, told) if parts.structure.has_frozen or not ready.resumes else None
     frozen = start.frozen if start is not None else {}
     kept = workdir.tokenizer_fingerprint(config.workdir)
     fingerprints = checkpoint.Fingerprints(ready.text, kept)

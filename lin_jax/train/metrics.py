@@ -180,6 +180,9 @@ class MetricsLog:
         parts = [loss, f"{last[f'{self._unit}_per_second']:,.0f} {self._unit}/s", f"{last['step_seconds']:.3g} s/step"]
         if "mfu" in last:
             parts.append(f"MFU {last['mfu']:.1%}")
+        if "real_tokens" in last:
+            real, computed = (sum(line[name] for line in lines) for name in ("real_tokens", "computed_tokens"))
+            parts.append(f"{real / computed:.0%} of tokens real")
         if last["skipped"]:
             parts.append(f"{last['skipped']} skipped")
         if self._bar is not None:
@@ -260,6 +263,9 @@ def draw_learning_curve(workdir: Path) -> Path:
 
 
 def _step_line(step: int, metrics: StepMetrics) -> dict[str, Any]:
+    counted = {}
+    if metrics.real_tokens is not None and metrics.computed_tokens is not None:
+        counted = {"real_tokens": int(metrics.real_tokens), "computed_tokens": int(metrics.computed_tokens)}
     return {
         "step": step,
         "loss": float(metrics.loss),
@@ -267,6 +273,7 @@ def _step_line(step: int, metrics: StepMetrics) -> dict[str, Any]:
         "learning_rate": float(metrics.learning_rate),
         "tokens": float(metrics.tokens),
         "skipped": int(metrics.skipped),
+        **counted,
     }
 
 

@@ -71,6 +71,7 @@ def make_step(parts: Parts) -> Any:
         parts.of_batch,
         parts.partition,
         config.train.seed if getattr(config.model, "dropout", 0) else None,
+        parts.task.real_tokens,
     )
 
 

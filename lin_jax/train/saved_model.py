@@ -23,7 +23,7 @@ from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.mesh import MeshConfig
 from lin_jax.tasks.base import Task
 from lin_jax.tasks.registry import task_of
-from lin_jax.train.base import check_base, require_same_frozen, require_same_model
+from lin_jax.train.base import check_base, is_foreign, load_foreign, require_same_frozen, require_same_model
 from lin_jax.train.manifest import require_undamaged, saving_options
 from lin_jax.train.sharding import default_partition, make_mesh
 from lin_jax.train.state import initial_state
@@ -139,11 +139,15 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     """
     path = config.finetune.checkpoint
     check_base(path)
-    model, _, base = load_model(path, mesh)
+    model, base = load_foreign(path, mesh) if is_foreign(path) else load_model(path, mesh)[::2]
     require_same_model(base, config)
     merge_lora(model)
+    task = task_of(config)
+    for name in task.starts_fresh:
+        if hasattr(model, name):
+            delattr(model, name)
     found, wanted = parameters_by_path(model), parameters_by_path(structure.abstract_parameters)
-    new = new_parameters(task_of(config), structure.abstract_parameters) | new_parameters(task_of(base), model)
+    new = new_parameters(task, structure.abstract_parameters) | new_parameters(task_of(base), model)
     added = {".".join(path) for path in new}
     missing = sorted(wanted.keys() - found.keys() - added)
     unused = sorted(found.keys() - wanted.keys() - added)

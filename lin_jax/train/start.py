@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,17 +13,20 @@ from etils import epath
 from lin_jax.data.checks import check_vocabulary
 from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
+from lin_jax.layers.parameter import parameters_by_path
 from lin_jax.layers.partition import Partition
 from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.tasks.registry import task_of
 from lin_jax.train import checkpoint, sharding, workdir
-from lin_jax.train.base import check_base
+from lin_jax.train.base import base_tokenizer, with_settings_of_base
 from lin_jax.train.distributed import agree_on, require_shared, settled
 from lin_jax.train.parts import Parts
 from lin_jax.train.record import write_run_record
 from lin_jax.train.saved_model import load_base, load_teachers
 from lin_jax.train.state import TrainState, initial_state
+
+Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +39,11 @@ class Ready:
 
 
 def completed(config: Config) -> Config:
-    """Return settings that name the model to start from wherever they are read, with those that the data decide."""
+    """Return settings that name the model to start from wherever they are read, with what it and the data decide."""
     if config.finetune.checkpoint:
         path = absolute(config.finetune.checkpoint)
         config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, checkpoint=path))
-    found = task_of(config).complete()
+    found = task_of(with_settings_of_base(config)).complete()
     assert isinstance(found, Config)
     return found
 
@@ -61,8 +65,7 @@ def _tokenizer(config: Config, resumes: bool) -> Tokenizer:
     if resumes:
         return restore_tokenizer(workdir.tokenizer_directory(config.workdir))
     if config.data.tokenizer == "checkpoint":
-        check_base(config.finetune.checkpoint)
-        return restore_tokenizer(workdir.base_tokenizer_directory(config))
+        return base_tokenizer(config.finetune.checkpoint)
     check_vocabulary(config.data, config.model.vocabulary_size)
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data, config.workdir)
@@ -81,10 +84,14 @@ def _learn_tokenizer(config: Config) -> Tokenizer:
         return restore_tokenizer(directory)
 
 
-def new_state(parts: Parts) -> TrainState:
-    """Return the state before the first step, made in place on the devices."""
+def new_state(parts: Parts, report: Report = lambda line: None) -> TrainState:
+    """Return the state before the first step, made in place on the devices; `report` is told what is new in a base."""
     config, structure = parts.config, parts.structure
     known = load_base(config, structure, parts.mesh) if config.finetune.checkpoint else {}
+    wanted = parameters_by_path(structure.abstract_parameters)
+    added = sorted(name for name in wanted.keys() - known.keys() if name.partition(".")[0] in parts.task.adds)
+    if known and added:
+        report(f"new, with random values, as finetune.checkpoint has none that fit: {', '.join(added)}")
     known |= load_teachers(parts.task, parts.mesh)
     initialise = jax.jit(
         lambda seed, known: initial_state(structure, parts.optimizer, seed, known), out_shardings=parts.shardings

@@ -25,6 +25,8 @@ class StepMetrics(NamedTuple):
     tokens: jax.Array  # sum of weights, whatever `Task.unit` they count
     skipped: jax.Array  # steps skipped since the start
     skipped_in_a_row: jax.Array
+    real_tokens: jax.Array | None = None  # see `Task.real_tokens`
+    computed_tokens: jax.Array | None = None
 
 
 def gradient_sums(
@@ -72,10 +74,11 @@ def make_train_step(
     of_batch: Mapping[str, NamedSharding],
     partition: Partition,
     dropout_seed: int | None = None,
+    real_tokens: Callable[[Batch], tuple[jax.Array, int] | None] = lambda batch: None,
 ) -> Any:
     """Return a jitted (state, batch) -> (state, StepMetrics); the state that goes in is used up.
 
-    `dropout_seed` and the number of the step decide what is dropped; None: nothing is.
+    `dropout_seed` and the number of the step decide what is dropped; None: nothing is. `real_tokens` is the task's.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -90,6 +93,7 @@ def make_train_step(
         parameters = optax.apply_updates(state.parameters, updates)
         _, skipped_before = skipped_steps(state.optimizer)
         in_a_row, skipped = skipped_steps(optimizer_state)
+        counted = real_tokens(batch)
         metrics = StepMetrics(
             loss=sums.nll / weight,
             gradient_norm=optax.tree.norm(gradient),
@@ -97,6 +101,8 @@ def make_train_step(
             tokens=sums.weight,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
+            real_tokens=None if counted is None else counted[0],
+            computed_tokens=None if counted is None else jnp.asarray(counted[1], jnp.int32),
         )
         return TrainState(state.step + 1, parameters, state.frozen, state.constants, optimizer_state), metrics
 

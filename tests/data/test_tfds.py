@@ -95,7 +95,7 @@ def test_bytes_that_are_not_utf8(directory):
 def test_glue_is_read_by_its_names_there(monkeypatch):
     rows = [{"sentence1": b"A", "sentence2": "é".encode(), "label": label} for label in (1, 0)]
     monkeypatch.setattr(tfds_source, "_prepared_builder", lambda config: config.tfds_name)
-    monkeypatch.setattr(tfds_source, "_examples", lambda builder, config, split: rows if "glue/rte" == builder else [])
+    monkeypatch.setattr(tfds_source, "_examples", lambda builder, config, split: rows if builder == "glue/rte" else [])
     config = DataConfig(source="glue", task="rte")
     train, test = open_examples(config, "train"), open_examples(config, "RTE")
     assert (train.first, train.second, train.labels) == (["A", "A"], ["é", "é"], ["not_entailment", "entailment"])

@@ -7,6 +7,7 @@ EVALUATIONS: Registry[type[EvaluationTask]] = Registry(
     "task",
     "task",
     {
+        "classification": "lin_jax.evaluate.tasks.classification:ClassificationTask",
         "perplexity": "lin_jax.evaluate.tasks.perplexity:PerplexityTask",
         "speculative": "lin_jax.evaluate.tasks.speculative:SpeculativeTask",
     },
