@@ -63,7 +63,7 @@ def write_run(directory: Path, source: ModelSource, weights: ModelWeights, targe
         raise ConfigError(f"{target} cannot be written: {str(error).strip().splitlines()[0][:300]}") from error
     kept = Path(tokenizer_directory(str(directory))) / KEPT_TOKENIZER
     kept.mkdir()
-    _copy_tokenizer(source.tokenizer_files, kept)
+    copy_tokenizer(source.tokenizer_files, kept)
     if source.entries:
         (kept / "config.json").write_text(json.dumps(source.entries, indent=2) + "\n", encoding="utf-8")
     _write_heads(directory, source)
@@ -75,7 +75,7 @@ def write_transformers(directory: Path, source: ModelSource, weights: ModelWeigh
     ends = source.tokenizer.end_ids
     tokens = {"bos_token_id": source.tokenizer.begin_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
     write_hugging_face(directory, weights, dtype, {**tokens, **source.entries})
-    _copy_tokenizer(source.tokenizer_files, directory)
+    copy_tokenizer(source.tokenizer_files, directory)
     _name_special_tokens(directory, source.tokenizer)
     _write_heads(directory, source)
 
@@ -96,7 +96,8 @@ def _name_special_tokens(directory: Path, tokenizer: Tokenizer) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer in Hugging Face's form, as far as they are there."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

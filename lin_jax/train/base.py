@@ -12,13 +12,13 @@ from lin_jax.data.tokenizers import Tokenizer, load_tokenizer, restore_tokenizer
 from lin_jax.experiment import Config
 from lin_jax.models.base import ModelConfig
 from lin_jax.ops.checksums import checksums
-from lin_jax.paths import check_remote
+from lin_jax.paths import check_remote, write_whole
 from lin_jax.settings.base import require
 from lin_jax.settings.data import DataConfig
 from lin_jax.settings.dictionaries import section_to_dict
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.registry import task_of
-from lin_jax.train.workdir import is_run, read_settings, tokenizer_directory, workdir_and_step
+from lin_jax.train.workdir import KEPT_TOKENIZER, is_run, read_settings, tokenizer_directory, workdir_and_step
 
 # What reads other forms of models, a layer that imports this one: named, as models name their conversions.
 _FOREIGN = "lin_jax.convert.as_base"
@@ -38,7 +38,7 @@ def is_foreign(path: str) -> bool:
 def load_foreign(path: str, mesh: Mesh) -> tuple[Any, Config]:
     """Return the model of a Hugging Face directory, and settings of which only the model's mean something."""
     model, config = importlib.import_module(_FOREIGN).load_base(path, mesh)
-    return model, Config(model=config)
+    return model, Config(model=config, data=DataConfig(sequence_length=1))  # Any model can read so much.
 
 
 def base_tokenizer(path: str) -> Tokenizer:
@@ -47,6 +47,19 @@ def base_tokenizer(path: str) -> Tokenizer:
     if is_foreign(path):
         return load_tokenizer(DataConfig(tokenizer=path), path)
     return restore_tokenizer(tokenizer_directory(workdir_and_step(path)[0]))
+
+
+def keep_tokenizer_files(config: Config) -> None:
+    """Copy the files of the base model's tokenizer as they came from Hugging Face, chat template included."""
+    path, target = config.finetune.checkpoint, tokenizer_directory(config.workdir) / KEPT_TOKENIZER
+    if config.data.tokenizer != "checkpoint":
+        return
+    if is_foreign(path):
+        importlib.import_module(_FOREIGN).keep_tokenizer(path, target)
+        return
+    kept = tokenizer_directory(workdir_and_step(path)[0]) / KEPT_TOKENIZER
+    for file in kept.iterdir() if kept.is_dir() else ():
+        write_whole(target / file.name, file.read_bytes())
 
 
 def with_settings_of_base(config: Config) -> Config:

@@ -19,7 +19,7 @@ from lin_jax.paths import LocalFiles, absolute, check_remote
 from lin_jax.settings.base import ConfigError, first_line, require
 from lin_jax.tasks.registry import task_of
 from lin_jax.train import checkpoint, sharding, workdir
-from lin_jax.train.base import base_tokenizer, with_settings_of_base
+from lin_jax.train.base import base_tokenizer, keep_tokenizer_files, with_settings_of_base
 from lin_jax.train.distributed import agree_on, require_shared, settled
 from lin_jax.train.parts import Parts
 from lin_jax.train.record import write_run_record
@@ -114,7 +114,7 @@ def open_workdir(parts: Parts, new: Tokenizer | None, files: LocalFiles, step: i
         lock.take()
         if new is not None:
             new.save(workdir.tokenizer_directory(parts.config.workdir))
-            workdir.keep_tokenizer_files(parts.config)
+            keep_tokenizer_files(parts.config)
         write_run_record(files.directory, parts.config, step, count)
     except OSError as error:
         raise ConfigError(

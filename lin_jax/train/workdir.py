@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lin_jax.experiment import Config, config_from_dict
-from lin_jax.paths import absolute, is_remote, write_whole
+from lin_jax.paths import absolute, is_remote
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.settings.foreign import read_json
 from lin_jax.train.manifest import DamagedError, require_undamaged
@@ -42,20 +42,6 @@ def tokenizer_files(path: str) -> epath.Path:
     """The directory with a run's tokenizer, in Hugging Face's form where it came in that."""
     kept = tokenizer_directory(workdir_and_step(path)[0])
     return kept / KEPT_TOKENIZER if (kept / KEPT_TOKENIZER).is_dir() else kept
-
-
-def base_tokenizer_directory(config: Config) -> epath.Path:
-    """Where the tokenizer of `finetune.checkpoint` is."""
-    return tokenizer_directory(workdir_and_step(config.finetune.checkpoint)[0])
-
-
-def keep_tokenizer_files(config: Config) -> None:
-    """Copy the files of the base model's tokenizer as they came from Hugging Face, chat template included."""
-    kept = base_tokenizer_directory(config) / KEPT_TOKENIZER
-    if config.data.tokenizer == "checkpoint" and kept.is_dir():
-        target = tokenizer_directory(config.workdir) / KEPT_TOKENIZER
-        for file in kept.iterdir():
-            write_whole(target / file.name, file.read_bytes())
 
 
 def tokenizer_fingerprint(workdir: str) -> str:

@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {
     "flash110m": ["", "8xa100", "v5e-8"],
     "flash_enwik8": [""],
+    "glue": ["", "gpt2,sst2", "augmented,mnli,gpt2", "stsb", "longlora,wnli"],
     "gpt2_wikitext2": ["", "finetune", "scratch", "small"],
     "llama2": ["", "7b", "13b", "lora", "8192", "8xh100", "8xh100,16384,lora,13b"],
     "medusa_llama2_7b": ["", "heads", "joint"],

@@ -1,5 +1,6 @@
 """Classification: what is learned, measured, written and refused, with a small GPT-2 on the bytes of a table."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 import eval as eval_program
 import lin_jax
+from lin_jax.convert.hugging_face import ModelWeights, shapes_of, write_hugging_face
+from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import (
+    AugmentedConfig,
     CheckpointConfig,
     ClassificationFinetuneConfig,
     Config,
@@ -170,7 +175,7 @@ def test_the_gradient_is_that_of_the_plain_loss(tables, tmp_path):
     config = completed(make(tables, tmp_path))
     parts = make_parts(config, make_partition(MeshConfig(), jax.devices()[:1]))
     parameters, constants = parts.structure.initialise(jnp.uint32(0))
-    tokenizer = lin_jax.data.tokenizers.BytesTokenizer()
+    tokenizer = BytesTokenizer()
     batch = {name: jnp.asarray(array) for name, array in next(parts.task.training_batches(tokenizer, range(8))).items()}
     loss = parts.task.loss(parts.structure, parts.partition)
 
@@ -252,3 +257,42 @@ def test_what_cannot_be_done_is_refused(tables, tmp_path, override, message):
 def test_epochs_are_refused_where_nothing_can_be_counted():
     with pytest.raises(ConfigError, match="train.epochs=1 needs examples"):
         task_of(Config(train=TrainConfig(epochs=1.0))).check()
+
+
+def test_a_hugging_face_directory_gives_settings_parameters_and_tokenizer(tables, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = Gpt2Config(
+        vocabulary_size=300, width=16, depth=2, heads=2, feed_forward_size=24, positions=40, attention=SoftmaxConfig()
+    )
+    random = np.random.default_rng(0)
+    arrays = {path: jnp.asarray(0.1 * random.normal(size=s.shape), s.dtype) for path, s in shapes_of(config).items()}
+    write_hugging_face(base, ModelWeights(config, arrays), None, {})
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({t: n for n, t in enumerate([*alphabet, "</s>"])}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    run = make(
+        tables,
+        tmp_path / "run",
+        model=Gpt2Config(attention=AugmentedConfig(group_size=8)),
+        data=dataclasses.replace(make(tables, "x").data, tokenizer="checkpoint"),
+        train=TrainConfig(steps=1, evaluate_every=0),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-6),
+        finetune=ClassificationFinetuneConfig(checkpoint=str(base), settings="checkpoint"),
+    )
+    lines = []
+    train(run, lines.append)
+    assert any("finetune.checkpoint has none that fit: score.kernel" in line for line in lines)
+    found = read_settings(run.workdir).model
+    assert (found.width, found.positions, found.labels, found.attention.kind) == (16, 40, 3, "augmented")
+    model, tokenizer = lin_jax.load(run.workdir)
+    np.testing.assert_allclose(model.embedding[...], arrays["embedding"], atol=1e-5)
+    assert tokenizer.vocabulary_size == 257
+    # It goes back with the tokenizer as it came.
+    kept = tmp_path / "run/tokenizer/hugging_face/tokenizer.json"
+    assert kept.read_bytes() == (base / "tokenizer.json").read_bytes()
+    (base / "config.json").write_text((base / "config.json").read_text().replace('"gpt2"', '"unknown"'))
+    with pytest.raises(ConfigError, match="unknown architecture"):
+        train(dataclasses.replace(run, workdir=str(tmp_path / "x")), lines.append)
