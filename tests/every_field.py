@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lin_jax.experiment import AugmentedConfig, Config, ConfigError, FinetuneConfig, LlamaConfig
+from lin_jax.experiment import AugmentedConfig, Config, ConfigError, DataConfig, FinetuneConfig, Gpt2Config, LlamaConfig
 from lin_jax.settings.command_line import apply_overrides
 from lin_jax.settings.typed import annotations_of, shown
 
@@ -66,12 +66,14 @@ def sections(
 FINETUNED = Config(
     model=LlamaConfig(attention=AugmentedConfig()), finetune=FinetuneConfig(checkpoint="x", train=("attention",))
 )
+# One needs examples with labels, and a model that has a head for them.
+LABELLED = Config(model=Gpt2Config(), data=DataConfig(source="glue"))
 
 
 def possible() -> dict[Any, tuple[str, Config]]:
     """Return each class of settings with the first place where it may stand, and settings in which it stands there."""
     found: dict[Any, tuple[str, Config]] = {}
-    for start in (Config(), FINETUNED):
+    for start in (Config(), FINETUNED, LABELLED):
         for kind, section, chosen in sections():
             with contextlib.suppress(ConfigError):  # Not every model takes every attention.
                 found.setdefault(kind, (section, apply_overrides(start, chosen)))
