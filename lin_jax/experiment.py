@@ -9,6 +9,7 @@ from lin_jax.attentions.base import AttentionConfig as AttentionConfig
 from lin_jax.attentions.longlora import LongloraConfig as LongloraConfig
 from lin_jax.attentions.quadratic import QuadraticConfig as QuadraticConfig
 from lin_jax.attentions.registry import preset_attention as preset_attention
+from lin_jax.attentions.released_t5 import ReleasedT5Config as ReleasedT5Config
 from lin_jax.attentions.softmax import SoftmaxConfig as SoftmaxConfig
 from lin_jax.chips import is_plan
 from lin_jax.layers.rope import RopeConfig as RopeConfig
@@ -17,6 +18,7 @@ from lin_jax.models.flash import FlashConfig as FlashConfig
 from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
 from lin_jax.models.llama import LlamaConfig as LlamaConfig
 from lin_jax.models.registry import MODELS
+from lin_jax.models.t5 import T5Config as T5Config
 from lin_jax.settings.base import ConfigError as ConfigError
 from lin_jax.settings.base import require, require_paths, section, setting, variants
 from lin_jax.settings.checkpoint import CheckpointConfig as CheckpointConfig

@@ -10,12 +10,13 @@ from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.attentions.base import AttentionConfig
 from lin_jax.attentions.longlora import LongloraConfig
 from lin_jax.attentions.registry import preset_attention
+from lin_jax.attentions.released_t5 import ReleasedT5Config
 from lin_jax.attentions.softmax import SoftmaxConfig
 
 Flags = Mapping[str, Any]
 
 # Parameters that flags make, by the ends of their names; a branch that is off leaves its own unread.
-OWN = ("global_factor", "local_factor", "dwconv.weight", "attn.alpha", "dconv_ada.weight")
+OWN = ("global_factor", "local_factor", "dwconv.weight", "attn.alpha", "Attention.alpha", "dconv_ada.weight")
 
 
 class UnsupportedFlag(Exception):
@@ -91,3 +92,31 @@ def gpt2_attention(flags: Flags, shapes: Mapping[str, tuple[int, ...]]) -> Atten
     filters = taps(shapes) if name == "augmented" else 0
     base = AugmentedConfig(group_size=flags["GROUP_SIZE"], convolution=filters, grouped_weight=weight)
     return preset_attention(base, name)
+
+
+def t5_attentions(flags: Flags) -> dict[str, AttentionConfig]:
+    """The attentions of the released T5: those of ENCODER, DECODER and CROSS that are on, and softmax.
+
+    The first of LOCAL_ATTN, GLOBAL_ATTN, BOTH_ATTN and AUG that is on decides; ALPHA_BOTH makes the weight of BOTH_ATTN
+    learned. A KERNEL_SIZE of 2 W - 1 is W taps here, of which cross attention has none.
+    """
+    refuse(flags, "LINEAR", "CONV")
+    branches: dict[str, Any] = {"LOCAL_ATTN": "local", "GLOBAL_ATTN": "grouped", "BOTH_ATTN": "both", "AUG": "both"}
+    name = next((flag for flag in branches if flags.get(flag)), None)
+    places = {"encoder_attention": "ENCODER", "attention": "DECODER", "cross_attention": "CROSS"}
+    found: dict[str, AttentionConfig] = {}
+    for field, switch in places.items():
+        causal = field == "attention"
+        if not flags.get(switch):
+            found[field] = SoftmaxConfig(causal=causal)
+            continue
+        assert name is not None, f"{switch} without a variant crashes in the official code"
+        filters = flags["KERNEL_SIZE"] // 2 + 1 if name == "AUG" and field != "cross_attention" else 0
+        found[field] = ReleasedT5Config(
+            branches=branches[name],
+            weighted=bool(name == "AUG" or flags.get("ALPHA_BOTH")),
+            convolution=filters,
+            group_size=flags["GROUP_SIZE"],
+            causal=causal,
+        )
+    return found

@@ -6,7 +6,7 @@ be run fails, and says why; only what `LATER` lists is skipped.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ import optax
 import pytest
 from flax import nnx
 
-from lin_jax.convert import gpt2, llama
+from lin_jax.convert import gpt2, llama, t5
 from lin_jax.convert.conversion import conversion_of
 from lin_jax.convert.flash import config_from_official, from_official, kernel_of, to_official
-from lin_jax.convert.hugging_face import read_hugging_face
+from lin_jax.convert.hugging_face import ModelWeights, read_hugging_face
 from lin_jax.convert.medusa import heads_from_official, heads_to_official
 from lin_jax.convert.names import load, to_theirs
 from lin_jax.decode.accept import accept_exact, accept_typical
@@ -30,8 +30,11 @@ from lin_jax.layers.partition import WHOLE
 from lin_jax.layers.rope import rotation
 from lin_jax.layers.rows import place
 from lin_jax.layers.stack import each_layer, run_layers
+from lin_jax.models.encoder_decoder import shift_right
 from lin_jax.models.gpt2 import Gpt2
 from lin_jax.models.llama import Llama, LlamaAttention
+from lin_jax.models.registry import create_model
+from lin_jax.models.t5 import T5
 from lin_jax.ops.linear_attention import verify
 from lin_jax.ops.tree import TREES, Tree, tree_from_paths
 from lin_jax.settings.foreign import Fields
@@ -45,13 +48,12 @@ from tests.official_flags import (
     gpt2_attention,
     llama_attention,
     medusa_attention,
+    t5_attentions,
 )
 from tests.official_llama import OfficialLlama
 
 # Families that later steps build, with what they are. One of hf is the model_type of config.json, or its rope scaling.
 LATER = {
-    "t5": "encoder-decoders",
-    "hf t5": "encoder-decoders",
     "hf bert": "encoders",
     "hf qwen2": "checkpoints of other makers",
     "hf qwen3": "checkpoints of other makers",
@@ -85,8 +87,8 @@ def check_loss(actual, expected: np.ndarray) -> None:
 
 
 def used_taps(name: str, gradient: np.ndarray) -> np.ndarray:
-    """The official mask acts outside autograd, so masked taps hold gradients that mean nothing."""
-    is_filter = name.endswith(("dwconv.weight", "dconv_ada.weight"))
+    """The official mask acts outside autograd, so masked taps hold gradients that mean nothing; encoders have none."""
+    is_filter = name.endswith(("dwconv.weight", "dconv_ada.weight")) and "encoder." not in name
     return gradient[:, :, : gradient.shape[2] // 2 + 1] if is_filter else gradient
 
 
@@ -186,7 +188,7 @@ class Transformer:
 
 def load_transformer(config, family, theirs: Mapping[str, np.ndarray], filters: int = 1) -> Transformer:
     """The model of a case. A filter that is added twice is one of twice the size."""
-    model = (Gpt2 if family is gpt2 else Llama)(config, rngs=nnx.Rngs(0))
+    model = create_model(config, nnx.Rngs(0))
     table = family.name_table(config)
     known = {entry.theirs.format(layer=layer) for entry in table for layer in range(config.depth)}
     unread = tuple(name for name in theirs if name.endswith(OWN) and name not in known)
@@ -416,6 +418,9 @@ def check_hf(case: Golden) -> None:
     model, arrays, expected = source.model(), case.arrays("in"), case.arrays("out")
     ids, mask = jnp.asarray(arrays["input_ids"]), arrays.get("attention_mask")
     segment_ids = None if mask is None else jnp.asarray(mask, jnp.int32)
+    if model.reads_source:
+        check_hf_source(case, source, model)
+        return
 
     def run(model):
         classifies = getattr(source.config, "labels", 0)
@@ -431,6 +436,32 @@ def check_hf(case: Golden) -> None:
         check_greedy(model, case.config, np.asarray(ids), real, expected["greedy_ids"])
 
 
+def check_hf_source(case: Golden, source: ModelWeights, model: T5) -> None:
+    arrays, expected = case.arrays("in"), case.arrays("out")
+    (loss, logits), gradient = loss_and_gradient(model, lambda model: read_source(model, arrays))
+    check_close(logits, expected["logits"])
+    table = conversion_of(source.config).name_table(source.config)
+    check_loss_and_gradients(case, loss, lambda: to_theirs(table, parameters_by_path(gradient), source.config.depth))
+    ids, mask, labels = (jnp.asarray(arrays[name]) for name in ("input_ids", "attention_mask", "labels"))
+    target = shift_right(jnp.where(labels == -100, 0, labels), None, source.config.start_token)
+    x, *shared = model.begin_source(ids, mask, WHOLE)
+    encoder = hidden_states(model.encoder_layers, model.encoder_kinds, model.encoder_norm, x, *shared)
+    for i, hidden in enumerate(encoder):
+        check_close(hidden, expected[f"encoder_hidden_states_{i}"], where=np.asarray(mask, bool))
+    y, *shared = model.begin(target, None)
+    decoder = hidden_states(model.layers, model.layer_kinds, model.norm, y, *shared, model.encode(ids, mask))
+    for i, hidden in enumerate(decoder):
+        check_close(hidden, expected[f"decoder_hidden_states_{i}"])
+
+
+def hidden_states(layers: Any, kinds: Sequence[Any], norm: Callable[[Any], Any], x: Any, *shared: Any) -> list[Any]:
+    """What transformers calls so: what each layer reads, and last what the norm gives."""
+    states = [x]
+    for kind, layer in zip(kinds, each_layer(layers, len(kinds)), strict=True):
+        states.append(layer.of_kind(kind)(states[-1], *shared))
+    return [*states[:-1], norm(states[-1])]
+
+
 def check_greedy(model, values: Mapping[str, Any], ids: np.ndarray, real: np.ndarray, expected: np.ndarray) -> None:
     """Tokens, up to the end of a text."""
     ends = np.atleast_1d(values.get("eos_token_id") or -1)
@@ -439,6 +470,64 @@ def check_greedy(model, values: Mapping[str, Any], ids: np.ndarray, real: np.nda
     for generated, wanted in zip(found, expected[:, ids.shape[1] :], strict=True):
         stop = next((i + 1 for i, token in enumerate(wanted) if token in ends), len(wanted))
         np.testing.assert_array_equal(generated.tokens[:stop], wanted[:stop])
+
+
+# T5.
+
+
+def check_t5(case: Golden) -> None:
+    values, arrays, theirs = case.config, case.arrays("in"), case.arrays("param")
+    if values["tie_word_embeddings"] and t5.HEAD in theirs:
+        np.testing.assert_array_equal(theirs.pop(t5.HEAD), theirs[t5.EMBEDDING])
+    config = t5.config_from_hugging_face(Fields(values, case.name), shapes_of(theirs))
+    config = dataclasses.replace(config, **t5_attentions(values["flags"]))
+    found = load_transformer(config, t5, theirs)
+    run = classify_source if config.labels else read_source
+    (loss, logits), gradient = loss_and_gradient(found.model, lambda model: run(model, arrays))
+    check_close(logits, case.arrays("out")["logits"])
+    check_parts_of_layers(case, found.model)
+    check_loss_and_gradients(case, loss, lambda: found.to_official(gradient))
+
+
+def check_parts_of_layers(case: Golden, model: T5) -> None:
+    """Compare what each attention adds, and what each layer gives, with what the official code's do."""
+    arrays, expected = case.arrays("in"), case.arrays("out")
+    source, mask = jnp.asarray(arrays["ids"]), jnp.asarray(arrays["attention_mask"])
+    labels = arrays["ids"] if model.config.labels else arrays["labels"]
+    target = shift_right(jnp.where(labels == -100, 0, labels), None, model.config.start_token)
+    real = np.asarray(mask, bool)
+
+    x, rows, bias = model.begin_source(source, mask, WHOLE)
+    for i, layer in enumerate(each_layer(model.encoder_layers, model.config.encoder_depth)):
+        layer = layer.of_kind(model.encoder_kinds[i])
+        check_close(layer.attend(x, rows, bias), expected[f"enc_selfattn{i}"], where=real)
+        x = layer(x, rows, bias)
+        check_close(x, expected[f"enc_block{i}"], where=real)
+
+    memory = model.encode(source, mask)
+    y, rows, bias = model.begin(target, None)
+    for i, layer in enumerate(each_layer(model.layers, model.config.depth)):
+        layer = layer.of_kind(model.layer_kinds[i])
+        check_close(layer.attend(y, rows, bias), expected[f"dec_selfattn{i}"])
+        read = layer.read(y + layer.attend(y, rows, bias), rows, memory)
+        check_close(read, expected[f"dec_cross{i}"])
+        y = layer(y, rows, bias, memory)
+        check_close(y, expected[f"dec_block{i}"])
+
+
+def classify_source(model: T5, arrays: Mapping[str, np.ndarray]):
+    logits = model.classify(jnp.asarray(arrays["ids"]), jnp.asarray(arrays["attention_mask"]))
+    return loss_of(logits, arrays), logits
+
+
+def read_source(model: T5, arrays: Mapping[str, np.ndarray]):
+    """The loss of the targets, of which -100 is no token, and their logits."""
+    ids = arrays.get("ids", arrays.get("input_ids"))
+    mask, labels = arrays.get("attention_mask"), arrays["labels"]
+    target = shift_right(jnp.where(labels == -100, 0, labels), None, model.config.start_token)
+    memory = model.encode(jnp.asarray(ids), None if mask is None else jnp.asarray(mask))
+    logits = model.head(model.features(target, memory=memory))
+    return cross_entropy(logits, labels), logits
 
 
 # Medusa.
@@ -558,6 +647,7 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "gpt2": check_gpt2,
     "hf": check_hf,
     "medusa": check_medusa,
+    "t5": check_t5,
 }
 
 

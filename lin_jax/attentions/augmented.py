@@ -447,15 +447,15 @@ class AugmentedAttention(Attention):
         return cls.flops(config, sizes, tokens)
 
     @classmethod
-    def official_names(cls, config: AugmentedConfig, family: str) -> Sequence[OfficialName]:
-        """Return the names in the official linearized LLaMA and GPT-2."""
-        names = _OFFICIAL_NAMES.get(family, {})
+    def official_names(cls, config: AugmentedConfig, family: str, *, of_memory: bool = False) -> Sequence[OfficialName]:
+        """Return the names in the official linearized LLaMA and GPT-2, and for other models those of T5."""
         has = {
             "alpha": config.grouped and config.grouped_weight == "learned",
-            "local_factor": config.local != "none" and config.local_weight == "learned",
-            "filter": config.convolution > 0,
+            "local_factor": config.local != "none" and config.local_weight == "learned" and not of_memory,
+            "filter": config.convolution > 0 and not of_memory,
         }
-        return [name for name in names.values() if has[name.ours]]
+        names = [name for name in _OFFICIAL_NAMES.get(family, _OTHER_NAMES).values() if has[name.ours]]
+        return names if config.causal else [_with_all_taps(name) for name in names]
 
     @classmethod
     def check_parts(cls, config: AugmentedConfig, tokens: int, told: str) -> None:
@@ -482,6 +482,15 @@ _OFFICIAL_NAMES: Mapping[str, Mapping[str, OfficialName]] = {
         "filter": OfficialName("filter", "dconv_ada.weight", "centred_filter"),
     },
 }
+_OTHER_NAMES: Mapping[str, OfficialName] = {
+    "alpha": OfficialName("alpha", "alpha", "scalar"),
+    "local_factor": OfficialName("local_factor", "local_factor", "scalar"),
+    "filter": OfficialName("filter", "dwconv.weight", "centred_filter"),
+}
+
+
+def _with_all_taps(name: OfficialName) -> OfficialName:
+    return name._replace(form="full_filter") if name.form == "centred_filter" else name
 
 
 def _pending(operands: Operands) -> Pending:

@@ -95,12 +95,13 @@ class OfficialName(NamedTuple):
     Attributes:
         ours: its name in the module.
         theirs: its name behind that of the attention layer.
-        form: how its numbers lie there: as ours, as one number of shape [1], or as a centred filter.
+        form: how its numbers lie there: as ours, as one number of shape [1], as a centred filter of which the causal
+            taps act, or as one of which all do.
     """
 
     ours: str
     theirs: str
-    form: Literal["same", "scalar", "centred_filter"] = "same"
+    form: Literal["same", "scalar", "centred_filter", "full_filter"] = "same"
 
 
 class Attention(nnx.Module):
@@ -262,8 +263,14 @@ class Attention(nnx.Module):
         return 0
 
     @classmethod
-    def official_names(cls, config: Any, family: str) -> Sequence[OfficialName]:
-        """Return how the official linearized models of a family (llama, gpt2) call its parameters."""
+    def official_names(cls, config: Any, family: str, *, of_memory: bool = False) -> Sequence[OfficialName]:
+        """Return how the official linearized models of a family (llama, gpt2, t5) call its parameters.
+
+        Args:
+            config: settings of the kind.
+            family: of models; one that the official code does not have is named as one is most often.
+            of_memory: whether keys and values are those of another sequence.
+        """
         return ()
 
     @classmethod

@@ -17,6 +17,7 @@ ATTENTIONS: Registry[type[Attention]] = Registry(
         "softmax": "lin_jax.attentions.softmax:SoftmaxAttention",
         "longlora": "lin_jax.attentions.longlora:LongloraAttention",
         "quadratic": "lin_jax.attentions.quadratic:QuadraticAttention",
+        "released_t5": "lin_jax.attentions.released_t5:ReleasedT5Attention",
     },
 )
 

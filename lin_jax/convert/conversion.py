@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lin_jax.attentions.registry import ATTENTIONS
-from lin_jax.convert.names import Entry, centred_filter, scalar
+from lin_jax.convert.names import Entry, centred_filter, full_filter, scalar
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import ConfigError
@@ -74,7 +74,9 @@ def _loaded(conversion: Any) -> Conversion:
     return getattr(importlib.import_module(module), attribute)
 
 
-def attention_entries(config: ModelConfig, family: str, theirs: str, ours: str) -> list[Entry]:
+def attention_entries(
+    config: ModelConfig, family: str, theirs: str, ours: str, *, field: str = "attention", of_memory: bool = False
+) -> list[Entry]:
     """Return the entries of what linearized attention adds to a layer.
 
     Args:
@@ -82,14 +84,20 @@ def attention_entries(config: ModelConfig, family: str, theirs: str, ours: str) 
         family: whose names they are, see `Attention.official_names`.
         theirs: how their names begin.
         ours: how our paths begin.
+        field: which of the model's settings are those of the attention.
+        of_memory: whether its keys and values are those of another sequence.
     """
-    attention, table = config.attention, []
-    for name in ATTENTIONS[attention.kind].official_names(attention, family):
+    attention, table = getattr(config, field), []
+    # Kinds that have no memory need not know that there are others.
+    options = {"of_memory": True} if of_memory else {}
+    for name in ATTENTIONS[attention.kind].official_names(attention, family, **options):
         pair = theirs + name.theirs, ours + name.ours
         if name.form == "scalar":
             table.append(scalar(*pair))
         elif name.form == "centred_filter":
-            table.append(centred_filter(*pair, attention.convolution))  # type: ignore[attr-defined]
+            table.append(centred_filter(*pair, attention.convolution))
+        elif name.form == "full_filter":
+            table.append(full_filter(*pair))
         else:
             table.append(Entry(*pair))
     return table

@@ -118,7 +118,9 @@ def _opened(directory: Path, adapter: Path | None) -> tuple[Any, Conversion, Ten
         tensors, is_tied = _untie(tensors, adapter, family)
     elif adapter is not None:
         tensors = Adapted(tensors, adapter, family.conv1d)
-    config = _config(family, Fields({**fields.values, "tie_word_embeddings": is_tied}, fields.place), tensors)
+    config = _config(family, fields, tensors)
+    if hasattr(config, "tie_embeddings"):  # The tensors decide, see `_untie`; some models have nothing to tie.
+        config = dataclasses.replace(config, tie_embeddings=is_tied)
     return config, family, tensors
 
 
@@ -160,6 +162,8 @@ def _untie(tensors: Tensors, adapter: Path | None, family: Conversion) -> tuple[
     """
     pair = {family.embedding, family.head}
     found = pair & tensors.keys()
+    if not found:  # a model inside another, which has no head of tokens
+        return (tensors if adapter is None else Adapted(tensors, adapter, family.conv1d)), True
     if len(found) == 1:
         alone = next(iter(found))
         tensors = Renamed(tensors, dict.fromkeys(pair, alone) | {name: name for name in tensors})

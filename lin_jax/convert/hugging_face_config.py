@@ -1,6 +1,6 @@
 """What the config.json files of all architectures have in common."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from lin_jax.attentions.base import AttentionConfig
@@ -15,21 +15,33 @@ KEY = "lin_jax"
 WRITTEN = (KEY, "dtype", "torch_dtype")
 
 
-def attention_from(fields: Fields, official: AttentionConfig | None) -> AttentionConfig:
-    """The attention under our key; else what the names of the tensors tell; else softmax."""
-    if KEY in fields:
-        values = fields.section(KEY).get("attention", dict)
-        return section_from_dict(values, ATTENTIONS, f"{fields.place}: {KEY}.attention", "augmented")
-    return official or SoftmaxConfig()
+def attention_from(
+    fields: Fields, official: AttentionConfig | None, name: str = "attention", *, causal: bool = True
+) -> AttentionConfig:
+    """The attention under our key; else what the names of the tensors tell; else softmax.
+
+    Args:
+        fields: config.json.
+        official: what the names of the tensors tell; None: nothing.
+        name: of the attention among the model's settings.
+        causal: whether softmax attention is to be.
+    """
+    ours = fields.section(KEY)
+    if name in ours or (KEY in fields and name == "attention"):
+        return section_from_dict(ours.get(name, dict), ATTENTIONS, f"{fields.place}: {KEY}.{name}", "augmented")
+    return official or SoftmaxConfig(causal=causal)
 
 
-def attention_to(attention: AttentionConfig) -> dict[str, Any]:
-    """What `attention_from` reads; nothing for a plain softmax model."""
-    if attention.kind == "softmax":
+def attention_to(*attentions: AttentionConfig, names: Sequence[str] = ("attention",)) -> dict[str, Any]:
+    """What `attention_from` reads of attentions of these names; nothing for a plain softmax model."""
+    if all(attention.kind == "softmax" for attention in attentions):
         return {}
+    return {KEY: {name: _settings_of(attention) for name, attention in zip(names, attentions, strict=True)}}
+
+
+def _settings_of(attention: AttentionConfig) -> dict[str, Any]:
     # The form that computes it belongs to a machine, not to a checkpoint.
-    values = section_to_dict(attention)
-    return {KEY: {"attention": {name: value for name, value in values.items() if name != "implementation"}}}
+    return {name: value for name, value in section_to_dict(attention).items() if name != "implementation"}
 
 
 def labels_from(fields: Fields, count: int) -> tuple[str, ...]:

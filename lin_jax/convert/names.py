@@ -37,6 +37,7 @@ class Entry:
         to_theirs: the inverse.
         their_index: which part of their array holds a part of ours for one layer, and the other way round; None where
             only the whole does.
+        depth: layers over which it is stacked, where the model has several stacks; None: those of the model.
     """
 
     theirs: str
@@ -44,6 +45,7 @@ class Entry:
     to_ours: Callable[[np.ndarray], np.ndarray] = _same
     to_theirs: Callable[[np.ndarray], np.ndarray] = _same
     their_index: Callable[[Index], Index] | None = _same
+    depth: int | None = None
 
 
 def transposed(theirs: str, ours: str) -> Entry:
@@ -62,6 +64,14 @@ def centred_filter(theirs: str, ours: str, taps: int) -> Entry:
         return np.pad(ours[::-1], ((0, kernel - taps), (0, 0))).T[:, None, :, None]
 
     return Entry(theirs, ours, lambda x: x.reshape(-1, kernel)[:, :taps][:, ::-1].T, to_theirs, None)
+
+
+def full_filter(theirs: str, ours: str) -> Entry:
+    """Their filter [H, 1, K, 1] of a bidirectional convolution, of which all taps act, and ours [K, H].
+
+    Our tap 0 multiplies the token that is furthest ahead, and their last one does.
+    """
+    return Entry(theirs, ours, lambda x: x[:, 0, ::-1, 0].T, lambda x: x[::-1].T[:, None, :, None], None)
 
 
 def scalar(theirs: str, ours: str) -> Entry:
@@ -228,7 +238,7 @@ def names_of(entry: Entry, depth: int) -> list[str]:
     """The other code's names that an entry reads, one a layer."""
     if "{layer}" not in entry.theirs:
         return [entry.theirs]
-    return [entry.theirs.format(layer=layer) for layer in range(depth)]
+    return [entry.theirs.format(layer=layer) for layer in range(depth if entry.depth is None else entry.depth)]
 
 
 def _assign(model: nnx.Module, path: str, value: Array) -> None:

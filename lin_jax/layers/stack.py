@@ -29,7 +29,7 @@ def run_layers(
     x: Carry,
     *shared: Any,
     remat: str = "none",
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[Any] | None = None,
     partition: Partition = WHOLE,
 ) -> Carry:
     """Return x after all layers in turn, each called as `layer(x, *shared)`.

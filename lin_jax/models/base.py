@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes
+from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes, Scoring
 from lin_jax.attentions.registry import ATTENTIONS, attention_of_kind
 from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import WHOLE, Partition
@@ -95,6 +95,8 @@ class Model(nnx.Module):
             else may lack: the head, and what stands before it.
         has_token_types: whether it tells the texts of a pair apart by `token_types_BT`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
+        reads_source: whether it reads a source, another row of tokens, beside those that it predicts; see
+            `lin_jax.models.encoder_decoder.EncoderDecoder`.
     """
 
     settings: ClassVar[type[ModelConfig]]
@@ -105,6 +107,7 @@ class Model(nnx.Module):
     classifier: ClassVar[tuple[str, ...]] = ()
     has_token_types: ClassVar[bool] = False
     plain_scores: ClassVar[bool] = True
+    reads_source: ClassVar[bool] = False
     config: Any
 
     @classmethod
@@ -147,7 +150,7 @@ def _flops_by_layer(model: type[Model], config: Any, tokens: int, tiled: bool) -
 class Layer(nnx.Module):
     """A layer of a decoder: what it makes of features and of its own state."""
 
-    def of_kind(self, kind: str) -> Any:
+    def of_kind(self, kind: Any) -> Any:
         """Return the layer with the attention that layers of a kind have, see `AttentionConfig.kinds`."""
         return self
 
@@ -180,7 +183,7 @@ class ResidualLayer(Layer):
     """x + attention, then the feed-forward layer, for any kind of attention.
 
     A model says how features become queries, keys and values (`project`), how outputs become what is added (`join`),
-    and what else the layer does (`feed`).
+    and what else the layer does (`feed`); also how keys are scored, where the kind of attention does not (`scoring`).
     """
 
     config: Any
@@ -197,11 +200,15 @@ class ResidualLayer(Layer):
     def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         """Return x with what the feed-forward layer adds."""
 
+    def scoring(self, *shared: Any) -> Scoring | None:
+        """Return how keys are scored; None leaves it to the kind of attention."""
+        return None
+
     def holder(self) -> Any:
         """Return the module whose `mixing` is the attention."""
         return self
 
-    def of_kind(self, kind: str) -> Any:
+    def of_kind(self, kind: Any) -> Any:
         """Return the layer with its own attention, or with the softmax attention that layers of this kind keep."""
         mixing = attention_of_kind(self.holder().mixing, kind)
         if mixing is self.holder().mixing:
@@ -217,7 +224,7 @@ class ResidualLayer(Layer):
     def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
         """Return what the attention adds."""
         q_BTHD, k_BTKD, v_BTKE = self.project(x_BTC, rows.partition, *shared)
-        return self.join(self._attention(q_BTHD, k_BTKD, v_BTKE, rows))
+        return self.join(self._attention(q_BTHD, k_BTKD, v_BTKE, rows, **self._told(*shared)))
 
     def empty_state(self, batch: int, capacity: int) -> Any:
         """Return the state before the first token, see `Attention.empty_state`."""
@@ -227,14 +234,16 @@ class ResidualLayer(Layer):
         self, x_BTC: Float[Array, "B T C"], state: Any, count_B: Int[Array, " B"], *shared: Any
     ) -> tuple[Float[Array, "B T C"], Any]:
         """Apply the layer to tokens that follow a state."""
-        y_BTHE, after = self._attention.extend(*self.project(x_BTC, WHOLE, *shared), state, count_B)
+        operands = self.project(x_BTC, WHOLE, *shared)
+        y_BTHE, after = self._attention.extend(*operands, state, count_B, **self._told(*shared))
         return self.feed(x_BTC + self.join(y_BTHE)), after
 
     def verify(
         self, x_BMC: Float[Array, "B M C"], state: Any, tree: Tree, *shared: Any
     ) -> tuple[Float[Array, "B M C"], Any]:
         """Apply the layer to the nodes of a tree that follows a state."""
-        y_BMHE, pending = self._attention.verify(*self.project(x_BMC, WHOLE, *shared), state, tree)
+        operands = self.project(x_BMC, WHOLE, *shared)
+        y_BMHE, pending = self._attention.verify(*operands, state, tree, **self._told(*shared))
         return self.feed(x_BMC + self.join(y_BMHE)), pending
 
     def commit(self, state: Any, pending: Any, path_BM: Int[Array, "B M"], count_B: Int[Array, " B"]) -> Any:
@@ -244,6 +253,11 @@ class ResidualLayer(Layer):
     @property
     def _attention(self) -> Attention:
         return self.holder().mixing
+
+    def _told(self, *shared: Any) -> dict[str, Any]:
+        scoring = self.scoring(*shared)
+        # Kinds that are never told how to score need not know that others are.
+        return {} if scoring is None else {"scoring": scoring}
 
     @property
     @abc.abstractmethod
@@ -285,6 +299,11 @@ class Decoder(Model):
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Return the logits of `features`, float32."""
 
+    @property
+    def layer_kinds(self) -> Sequence[Any]:
+        """Return of what kind each layer is, see `Layer.of_kind`."""
+        return self.config.attention.kinds(self.config.depth)
+
     def check_decodable(self, capacity: int) -> None:
         """Raise `ConfigError` unless sequences of `capacity` tokens can be decoded exactly."""
         attention = self.config.attention
@@ -307,10 +326,9 @@ class Decoder(Model):
         Raises:
             ConfigError: T exceeds the positions that the model knows.
         """
-        config = self.config
         x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
-        kinds = config.attention.kinds(config.depth)
-        return self.norm(run_layers(self.layers, x_BTC, *shared, remat=config.remat, kinds=kinds, partition=partition))
+        options: dict[str, Any] = {"remat": self.config.remat, "kinds": self.layer_kinds, "partition": partition}
+        return self.norm(run_layers(self.layers, x_BTC, *shared, **options))
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None
@@ -339,12 +357,12 @@ class Decoder(Model):
 
     def _without_parameters(self) -> list[Layer]:
         """The layers for what does not depend on their parameters; a whole stack serves as each of its layers."""
-        kinds = self.config.attention.kinds(self.config.depth)
+        kinds = self.layer_kinds
         layers = self.layers if isinstance(self.layers, nnx.List) else [self.layers] * len(kinds)
         return [layer.of_kind(kind) for layer, kind in zip(layers, kinds, strict=True)]
 
     def _each_layer(self) -> list[Layer]:
-        kinds, layers = self.config.attention.kinds(self.config.depth), each_layer(self.layers, self.config.depth)
+        kinds, layers = self.layer_kinds, each_layer(self.layers, self.config.depth)
         return [layer.of_kind(kind) for layer, kind in zip(layers, kinds, strict=True)]
 
     def forward(
