@@ -1,5 +1,7 @@
 r"""Continue texts: python generate.py --checkpoint MODEL --prompt "Once upon a time" --temperature 0.8
 
+A model that reads a source, such as T5, takes prompts for sources, and gives what it writes of them alone.
+
 Prompts come in one of three ways:
 
   --prompt TEXT ...   Texts go to standard output as they come, and nothing else does: speed goes to standard error.

@@ -37,6 +37,7 @@ from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.train.saved_model import save_model
 from lin_jax.train.workdir import tokenizer_directory
+from tests.models.test_t5 import make_config as make_t5
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,6 +74,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     save(root / "augmented", MODEL, BytesTokenizer())
     save(root / "softmax", SOFTMAX, BytesTokenizer())
+    save(root / "source", make_t5("augmented", vocabulary_size=257), BytesTokenizer())
     for name, width in (("few", 16), ("other", 24)):
         shutil.copytree(root / "augmented", root / name)
         write_heads(root / name, MedusaHeads(MedusaConfig(heads=2), width, 257, rngs=nnx.Rngs(0)))
@@ -106,6 +108,18 @@ def test_standard_output_is_the_texts_alone(models, loaded, capsys):
     printed = capsys.readouterr()
     assert printed.out == "\n".join(text + "\n" for text in texts) and len(set(texts)) == 4
     assert printed.err.startswith("48 tokens in ") and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [FLAGS, ["--beams", "3", "--max_new_tokens", "12"]])
+def test_of_a_source_its_target_alone_is_written(models, tmp_path, capsys, flags):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = write_prompts(source, 5)
+    told = ["--checkpoint", str(models / "source"), *flags]
+    assert program.main([*told, "--prompt_file", str(source), "--output", str(target)]) == 0
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    capsys.readouterr()
+    assert program.main([*told, "--prompt", *(record["prompt"] for record in records)]) == 0
+    assert capsys.readouterr().out == "\n".join(line["completion"] + "\n" for line in lines)
 
 
 def test_pieces_hold_whole_characters_and_come_early(loaded):
@@ -265,6 +279,10 @@ def bad_lines(tmp_path):
 
 
 BAD = {
+    "beams must be greater than 0, but is 0": ["augmented", "--prompt", "a", "--beams", "0"],
+    "beams=2 gives the best text alone": ["source", "--prompt", "a", "--beams", "2", "--samples", "2"],
+    "length_penalty is for beams=2 and more": ["source", "--prompt", "a", "--length_penalty", "2"],
+    "medusa needs a model with Medusa heads": ["source", "--prompt", "a", "--draft", "medusa"],
     "prompt 0 is empty": ["augmented", "--prompt", ""],
     "52 tokens are more than the positions=48": ["softmax", "--prompt", "a" * 40, "--max_new_tokens", "12"],
     "4 guesses deep, but the model has 2 Medusa heads": ["few", "--prompt", "a", "--draft", "medusa"],

@@ -452,6 +452,8 @@ def check_hf_source(case: Golden, source: ModelWeights, model: T5) -> None:
     decoder = hidden_states(model.layers, model.layer_kinds, model.norm, y, *shared, model.encode(ids, mask))
     for i, hidden in enumerate(decoder):
         check_close(hidden, expected[f"decoder_hidden_states_{i}"])
+    if "greedy_ids" in expected:
+        check_greedy(model, case.config, np.asarray(ids), np.asarray(mask, bool), expected["greedy_ids"])
 
 
 def hidden_states(layers: Any, kinds: Sequence[Any], norm: Callable[[Any], Any], x: Any, *shared: Any) -> list[Any]:
@@ -465,9 +467,11 @@ def hidden_states(layers: Any, kinds: Sequence[Any], norm: Callable[[Any], Any],
 def check_greedy(model, values: Mapping[str, Any], ids: np.ndarray, real: np.ndarray, expected: np.ndarray) -> None:
     """Tokens, up to the end of a text."""
     ends = np.atleast_1d(values.get("eos_token_id") or -1)
-    config = GenerateConfig(max_new_tokens=expected.shape[1] - ids.shape[1])
+    # What is generated goes on where the prompt ends; a target begins with one token of its own.
+    given = 1 if model.reads_source else ids.shape[1]
+    config = GenerateConfig(max_new_tokens=expected.shape[1] - given)
     found = generate_tokens(model, config, [row[mask] for row, mask in zip(ids, real, strict=True)])
-    for generated, wanted in zip(found, expected[:, ids.shape[1] :], strict=True):
+    for generated, wanted in zip(found, expected[:, given:], strict=True):
         stop = next((i + 1 for i, token in enumerate(wanted) if token in ends), len(wanted))
         np.testing.assert_array_equal(generated.tokens[:stop], wanted[:stop])
 

@@ -17,8 +17,8 @@ def lookup(
 ) -> Int[Array, "B tokens"]:
     """What followed the last tokens of a text where they last occurred before (prompt lookup: Saxena, 2023).
 
-    The place where most of the last tokens agree is taken, up to `match` of them, and of several the latest. Where not
-    even one agrees, or the text ends, the guesses are 0.
+    The place where most of the last tokens agree is taken, up to `match` of them, and of several the latest that some
+    token follows. Where not even one agrees, or the text ends, the guesses are 0.
 
     Args:
         text_BX: the text; its first `length_B` tokens count.
@@ -37,7 +37,7 @@ def lookup(
         there_BX = jnp.pad(text_BX, ((0, 0), (back, 0)), constant_values=-1)[:, :X]
         run_BX &= (there_BX == own_B[:, None]) & (length_B >= back)[:, None]
         agreeing_BX += run_BX
-    usable_BX = (index_X[None] < length_B[:, None]) & (agreeing_BX > 0)
+    usable_BX = (index_X[None] + 1 < length_B[:, None]) & (agreeing_BX > 0)
     place_B = jnp.argmax(jnp.where(usable_BX, agreeing_BX * X + index_X[None], -1), axis=1)
     guess_BT = place_B[:, None] + 1 + jnp.arange(tokens, dtype=jnp.int32)[None]
     known_BT = (guess_BT < length_B[:, None]) & jnp.any(usable_BX, axis=1)[:, None]

@@ -37,6 +37,8 @@ class Progress:
 
     Attributes:
         state: of the model, after all tokens of `text_BX`.
+        source_BS: for guesses by look-up, what stands before the text: the source, with -1 in front of it; without
+            columns where there is none.
         text_BX: prompts and what was generated; of each row the first `state.length_B` tokens.
         next_B: the token that follows, chosen but not in the text yet.
         features_BC: of the last token of the text.
@@ -48,6 +50,7 @@ class Progress:
     """
 
     state: DecoderState
+    source_BS: Int[Array, "B S"]
     text_BX: Int[Array, "B X"]
     next_B: Int[Array, " B"]
     features_BC: Float[Array, "B C"]
@@ -105,8 +108,9 @@ class Generator:
         """
         self.model = unstacked(model)
         self.config = config
-        self._fitting: set[tuple[int, int]] = set()
+        self._fitting: set[tuple[int, int, int]] = set()
         self._plan = _Plan(_compiled(config), _tree(model, config, heads), tuple(sorted(set(stop_ids))))
+        self._reads_source = model.reads_source
         parts = (self.model, heads if config.draft == "medusa" else None)
         split = [(None, None) if part is None else nnx.split(part) for part in parts]
         self._graphs, self._arrays = tuple(graph for graph, _ in split), tuple(arrays for _, arrays in split)
@@ -114,21 +118,31 @@ class Generator:
     def capacity(self, longest: int, rows: int) -> int:
         """Return the tokens that a batch has room for in each row; the longest prompt has `longest`.
 
+        A model that reads a source has prompts for sources, and rows that begin with its `start_token`.
+
         Raises:
             ConfigError: that is more than the model takes, or than the memory does.
         """
-        needed = longest + self.config.max_new_tokens
+        source = _rounded(longest) if self._reads_source else 0
+        needed = (1 if source else longest) + self.config.max_new_tokens
         self.model.check_decodable(needed)
         rounded = _rounded(needed)
         capacity = min(rounded, max(needed, getattr(self.model.config, "positions", rounded)))
-        if (rows, capacity) not in self._fitting:
-            state = bytes_of(lambda: self.model.empty_state(rows, capacity))
+        if (rows, source, capacity) not in self._fitting:
+            state = bytes_of(lambda: self._state(np.zeros((rows, source), np.int32), capacity))
             texts = 4 * rows * capacity
             logits = 4 * rows * self.tree.nodes * self.model.config.vocabulary_size
             fix = "lower batch_size, max_new_tokens, or what is guessed at a time"
-            require_memory(state + texts + logits, f"generation of {rows} texts of {needed:,} tokens at a time", fix)
-            self._fitting.add((rows, capacity))
+            told = f"generation of {rows} texts of {needed:,} tokens at a time"
+            require_memory(state + texts + logits, f"{told}{f', of {longest:,} of a source' if source else ''}", fix)
+            self._fitting.add((rows, source, capacity))
         return capacity
+
+    def _state(self, source_BS: np.ndarray, capacity: int) -> DecoderState:
+        """Return the state before the first token; sources are there for models that read some, padded with -1."""
+        if self._reads_source:
+            return _encode(self._graphs[0], capacity, self._arrays[0], source_BS)
+        return self.model.empty_state(source_BS.shape[0], capacity)
 
     def fingerprint(self) -> str:
         """Return a checksum of the model: settings and parameters, and those of heads where they decide tokens."""
@@ -143,7 +157,7 @@ class Generator:
         numbers: Sequence[int] | None = None,
         rows: int | None = None,
     ) -> Progress:
-        """Read prompts, in chunks of `config.prefill_chunk` tokens.
+        """Read prompts, in chunks of `config.prefill_chunk` tokens; sources are encoded whole.
 
         Args:
             prompts: token ids of each row, at least one.
@@ -156,24 +170,38 @@ class Generator:
             ConfigError: a prompt is empty, or too long for the model.
         """
         require(all(len(prompt) for prompt in prompts), "a prompt is empty: give at least one token")
-        B, lengths = rows or len(prompts), [len(prompt) for prompt in prompts]
-        capacity = self.capacity(max(lengths), B)
+        B, longest = rows or len(prompts), max(len(prompt) for prompt in prompts)
+        capacity = self.capacity(longest, B)
+        source_BS = self._sources(prompts, B, longest)
         text_BX, length_B = np.zeros((B, capacity), np.int32), np.zeros(B, np.int32)
-        for row, prompt in enumerate(prompts):
-            text_BX[row, : len(prompt)], length_B[row] = prompt, len(prompt)
-        state, features_BC = self._read(text_BX, length_B, capacity)
+        for row, text in enumerate(self.beginnings(prompts)):
+            text_BX[row, : len(text)], length_B[row] = text, len(text)
+        state, features_BC = self._read(self._state(source_BS, capacity), text_BX, length_B)
         number_B, sample_B = np.zeros(B, np.int32), np.zeros(B, np.int32)
         number_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
         sample_B[: len(samples)] = samples
         keys_of = np.uint32(self.config.sampling.seed), number_B, sample_B
         new = np.int32(self.config.max_new_tokens)
-        return _begin(self._graphs, self._plan, self._arrays, state, text_BX, features_BC, keys_of, new)
+        searched_BS = source_BS if self.config.draft == "lookup" else source_BS[:, :0]
+        return _begin(self._graphs, self._plan, self._arrays, state, searched_BS, text_BX, features_BC, keys_of, new)
 
-    def _read(self, text_BX: np.ndarray, length_B: np.ndarray, capacity: int) -> tuple[DecoderState, Array]:
+    def beginnings(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return what rows begin with: the prompts, or `start_token` where these are sources."""
+        if not self._reads_source:
+            return list(prompts)
+        return [np.array([self.model.config.start_token], np.int32)] * len(prompts)
+
+    def _sources(self, prompts: Sequence[np.ndarray], rows: int, longest: int) -> np.ndarray:
+        """Return the sources, with -1 in front; without columns for models that read none."""
+        source_BS = np.full((rows, _rounded(longest) if self._reads_source else 0), -1, np.int32)
+        for row, prompt in enumerate(prompts if self._reads_source else ()):
+            source_BS[row, -len(prompt) :] = prompt
+        return source_BS
+
+    def _read(self, state: DecoderState, text_BX: np.ndarray, length_B: np.ndarray) -> tuple[DecoderState, Array]:
         """State and features of the last token of every row."""
         B, longest = len(length_B), int(length_B.max())
         T = min(self.config.prefill_chunk, 1 << (longest - 1).bit_length())
-        state = self.model.empty_state(B, capacity)
         features_BC = jnp.zeros((B, self.model.config.width), decoding_type(self.model.config.dtype))
         for start in range(0, longest, T):
             tokens_BT = np.zeros((B, T), np.int32)
@@ -206,7 +234,7 @@ class Generator:
         `ends` is asked after every block whether what a row (by its number) generated ends it for a reason that the
         model cannot see.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(text) for text in self.beginnings(prompts)]
         progress, done = self.start(prompts, samples, numbers=numbers, rows=rows), False
         while not done:
             progress = self.advance(progress)
@@ -276,6 +304,13 @@ def _tree(model: Decoder, config: GenerateConfig, heads: MedusaHeads | None) -> 
     return tree
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@in_full_float32
+def _encode(graph: Any, capacity: int, arrays: Any, source_BS: Array) -> DecoderState:
+    real_BS = source_BS >= 0
+    return nnx.merge(graph, arrays).start(jnp.where(real_BS, source_BS, 0), real_BS.astype(jnp.int32), capacity)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 @in_full_float32
 def _read_chunk(
@@ -294,6 +329,7 @@ def _begin(
     plan: _Plan,
     arrays: tuple[Any, Any],
     state: DecoderState,
+    source_BS: Array,
     text_BX: Array,
     features_BC: Array,
     keys_of: tuple[Array, Array, Array],
@@ -308,6 +344,7 @@ def _begin(
     logits_B1V = adjust(model.head(features_BC)[:, None], sampling, seen_BV[:, None] if V else None)
     return Progress(
         state=state,
+        source_BS=source_BS,
         text_BX=text_BX,
         next_B=choose(logits_B1V, sampling, key_B, state.length_B, chain(1))[:, 0],
         features_BC=features_BC,
@@ -349,6 +386,7 @@ def _step(model: Any, heads: MedusaHeads | None, plan: _Plan, progress: Progress
     moves_B = count_B > 0
     return Progress(
         state=model.commit(state, pending, path_BP, count_B),
+        source_BS=progress.source_BS,
         text_BX=_write(progress.text_BX, state.length_B, jnp.take_along_axis(tokens_BM, path_BP, axis=1), count_B),
         next_B=jnp.where(moves_B, at_last(choice_BM), progress.next_B),
         features_BC=jnp.where(moves_B[:, None], at_last(x_BMC), progress.features_BC),
@@ -370,7 +408,10 @@ def _guess(heads: MedusaHeads | None, plan: _Plan, progress: Progress) -> Int[Ar
     if config.draft == "none":
         return root_B1
     guesses = {"tokens": config.lookup_tokens, "match": config.lookup_match}
-    found_BT = lookup(progress.text_BX, progress.state.length_B, progress.next_B, **guesses)
+    # A target often says what its source does, which ends where it begins.
+    known_BX = jnp.concatenate([progress.source_BS, progress.text_BX], axis=1)
+    length_B = progress.source_BS.shape[1] + progress.state.length_B
+    found_BT = lookup(known_BX, length_B, progress.next_B, **guesses)
     return jnp.concatenate([root_B1, found_BT], axis=1)
 
 

@@ -23,7 +23,7 @@ class RunningText:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, *, stop: Sequence[str], end_ids: Container[int]):
-        """Begin behind a prompt of at least one token.
+        """Begin behind a prompt, which may be empty.
 
         Args:
             tokenizer: decodes.
@@ -32,7 +32,7 @@ class RunningText:
             end_ids: tokens that end it.
         """
         self._tokenizer, self._stop, self._end_ids = tokenizer, tuple(stop), end_ids
-        self._before = int(prompt[-1])
+        self._before = [int(token) for token in prompt[-1:]]
         # Tokens whose text may still change: bytes of a character.
         self._open: list[int] = []
         self.tokens, self.stopped, self.text, self.fixed = 0, False, "", 0
@@ -59,13 +59,13 @@ class RunningText:
         if places:
             self.stopped, self.text = True, self.text[: min(places)]
         elif not self._tokenizer.is_fallback_byte(tokens[-1]) and not self.text.endswith(_BROKEN):
-            self._before, self._open, self.fixed = tokens[-1], [], len(self.text)
+            self._before, self._open, self.fixed = tokens[-1:], [], len(self.text)
 
     def _decode_open(self) -> str:
         """Return what the open tokens add to the text of the one before them."""
         is_byte = self._tokenizer.is_fallback_byte
         # The prompt stays as it is: its last bytes and the first that follow make no run.
-        context = [] if is_byte(self._before) and is_byte(self._open[0]) else [self._before]
+        context = [] if all(map(is_byte, self._before)) and is_byte(self._open[0]) else self._before
         before = self._tokenizer.decode(context)
         whole = self._tokenizer.decode([*context, *self._open])
         return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(self._open)

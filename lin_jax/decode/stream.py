@@ -8,7 +8,7 @@ from lin_jax.decode.text import Continuation, TextGenerator
 
 
 def stream_texts(generator: TextGenerator, prompts: Sequence[str], speed: Speed) -> Iterator[str]:
-    """All texts, prompts included, one after another with a blank line between them, in pieces.
+    """All texts, prompts included but no sources, one after another with a blank line between them, in pieces.
 
     Raises:
         ConfigError: a prompt is empty or too long.
@@ -20,7 +20,8 @@ def stream_texts(generator: TextGenerator, prompts: Sequence[str], speed: Speed)
             while number < len(rows):
                 row = rows[number]
                 text = row.prompt + settled(row, generator.config.stop)
-                yield (separator if not shown else "") + text[shown:]
+                if row.done or len(text) > shown:
+                    yield (separator if not shown else "") + text[shown:]
                 shown = len(text)
                 if not row.done:
                     break

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.decode.beams import BeamSearch
 from lin_jax.decode.generate import Generator
 from lin_jax.decode.running_text import RunningText
 from lin_jax.models.base import Decoder
@@ -28,8 +29,8 @@ class Continuation(NamedTuple):
     """One text, as far as it is.
 
     Attributes:
-        prompt: as it was given.
-        text: what follows the prompt, without a token or string that ended it.
+        prompt: what the text goes on from: as it was given, empty where it was a source.
+        text: what follows the prompt, or a source's target, without a token or string that ended it.
         tokens: of the text, the one that ended it or completed a stop string included.
         steps: passes through the model, those between a stop string and the end of its block included.
         done: whether the text has ended.
@@ -45,7 +46,7 @@ class Continuation(NamedTuple):
 
 
 class TextGenerator:
-    """A model with its tokenizer, prepared to continue texts."""
+    """A model with its tokenizer, prepared to continue texts, or to write targets where it reads sources."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, heads: MedusaHeads | None = None):
         """Check what is asked for; Medusa heads are the model's own unless they are given.
@@ -56,7 +57,9 @@ class TextGenerator:
         self.tokenizer, self.config = tokenizer, config
         self._ends = frozenset(stop_ids(tokenizer, config))
         heads = model.medusa if heads is None else heads
-        self._generator = Generator(model, config, heads=heads, stop_ids=sorted(self._ends))
+        self._reads_source = model.reads_source
+        make = BeamSearch if config.beams > 1 else Generator
+        self._generator = make(model, config, heads=heads, stop_ids=sorted(self._ends))
 
     def batches(
         self, prompts: Sequence[str], numbers: Sequence[int] | None = None
@@ -79,7 +82,8 @@ class TextGenerator:
         while part := list(itertools.islice(jobs, size)):
             rows = [row for row, _ in part]
             of_rows = [(numbers[row], sample) for row, sample in part]
-            yield self._batch([prompts[row] for row in rows], [ids[row] for row in rows], of_rows, size)
+            before = ["" if self._reads_source else prompts[row] for row in rows]
+            yield self._batch(before, [ids[row] for row in rows], of_rows, size)
 
     def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
         """Yield what follows one prompt of token ids, after every `config.block` steps.
@@ -113,7 +117,8 @@ class TextGenerator:
         self, prompts: list[str], ids: list[np.ndarray], jobs: list[tuple[int, int]], size: int
     ) -> Iterator[list[Continuation]]:
         make_text = functools.partial(RunningText, self.tokenizer, stop=self.config.stop, end_ids=self._ends)
-        texts = [make_text(before) for before in ids]
+        # A target does not go on where its source ends.
+        texts = [make_text(before[:0] if self._reads_source else before) for before in ids]
 
         def has_stopped(row: int, tokens: np.ndarray) -> bool:
             texts[row].read(tokens)
@@ -133,6 +138,8 @@ class TextGenerator:
         require(is_unicode(prompt), f"{name} is not UTF-8")
         ids = self.tokenizer.encode(prompt)
         require(len(ids) > 0, f"{name} is empty: give some text to continue")
+        if self._reads_source:
+            return np.append(ids, np.int32(self.tokenizer.end_id))
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
         return np.concatenate([np.array(begin, np.int32), ids])
 
@@ -145,18 +152,19 @@ def generate(
     heads: MedusaHeads | None = None,
     **settings: Any,
 ) -> list[str]:
-    """Continue texts.
+    """Continue texts, or write the targets of sources where the model is an encoder-decoder.
 
     Args:
         model: from `lin_jax.load`.
         tokenizer: from `lin_jax.load`.
-        prompts: texts.
+        prompts: texts, or sources.
         heads: Medusa heads, for `draft="medusa"`; by default those that were loaded with the model.
         settings: fields of `GenerateConfig` and `SamplingConfig`, such as `max_new_tokens=200`, `temperature=0.8`,
             `draft="lookup"`.
 
     Returns:
-        Each prompt with its continuation; with `samples=n`, n texts of the first prompt, then n of the second, ...
+        Each prompt with its continuation, or each source's target alone; with `samples=n`, n texts of the first
+        prompt, then n of the second, ...
 
     Raises:
         ConfigError: a setting or a prompt is wrong.
@@ -187,6 +195,7 @@ def _refuse_ignored(settings: dict[str, Any]) -> None:
     changes_nothing = {
         "is for draft=medusa": (draft != "medusa", ("tree",)),
         "is for draft=lookup": (draft != "lookup", ("lookup_tokens", "lookup_match")),
+        "is for beams=2 and more": (settings.get("beams", 1) == 1, ("length_penalty",)),
         "is for acceptance=typical": (acceptance != "typical", ("typical_threshold", "typical_alpha")),
         "changes nothing without guesses: give a draft": (draft == "none" and acceptance != "exact", ("acceptance",)),
         "changes nothing at temperature=0, which takes the likeliest token: give a temperature": (

@@ -178,6 +178,10 @@ class Layer(nnx.Module):
     def commit(self, state: Any, pending: Any, path_BM: Int[Array, "B M"], count_B: Int[Array, " B"]) -> Any:
         """Return the state after the first `count_B` nodes of each row's path."""
 
+    def take(self, state: Any, row_B: Int[Array, " B"]) -> Any:
+        """Return a state whose rows are these rows of another, all of which have read the same source, if any."""
+        return jax.tree.map(lambda x: x[row_B], state)
+
 
 class ResidualLayer(Layer):
     """x + attention, then the feed-forward layer, for any kind of attention.
@@ -427,6 +431,11 @@ class Decoder(Model):
         triples = zip(self._without_parameters(), state.layers, pending, strict=True)
         states = tuple(layer.commit(before, of_layer, path_BM, count_B) for layer, before, of_layer in triples)
         return DecoderState(states, state.length_B + count_B)
+
+    def take(self, state: DecoderState, row_B: Int[Array, " B"]) -> DecoderState:
+        """Return a state whose rows are these rows of another; a row stands for one with the same source, if any."""
+        pairs = zip(self._without_parameters(), state.layers, strict=True)
+        return DecoderState(tuple(layer.take(of_layer, row_B) for layer, of_layer in pairs), state.length_B[row_B])
 
 
 def unstacked(model: Decoder) -> Decoder:

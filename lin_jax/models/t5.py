@@ -264,6 +264,10 @@ class T5DecoderLayer(T5EncoderLayer, MemoryLayer):
         """Return the state after the first `count_B` nodes of each row's path."""
         return T5LayerState(self.attention.mixing.commit(state.own, pending, path_BM, count_B), state.memory)
 
+    def take(self, state: T5LayerState, row_B: Int[Array, " B"]) -> T5LayerState:
+        """Return a state whose rows are these of another; what is known of the source stays, as it is the same."""
+        return T5LayerState(super().take(state.own, row_B), state.memory)
+
 
 class T5ClassHead(nnx.Module):
     """score(tanh(dense(x))), transformers' head of a T5 that classifies."""

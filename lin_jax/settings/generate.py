@@ -59,16 +59,28 @@ class GenerateConfig(Settings):
     )
     typical_threshold: float = setting(0.09, "acceptance=typical: probability that always suffices")
     typical_alpha: float = setting(0.3, "acceptance=typical: or this times exp(-entropy)")
+    beams: int = setting(
+        1, "beam search: texts that are kept at each token, of which the best one is the result; 1: none", most=1024
+    )
+    length_penalty: float = setting(
+        1.0, "beam search: scores are divided by tokens ** length_penalty, so that more favours longer texts"
+    )
     batch_size: int = setting(8, "texts that are continued at a time", most=2**16)
     prefill_chunk: int = setting(512, "tokens of a prompt that are read at a time", most=2**20)
     block: int = setting(16, "steps between looks at what came out, for streaming and stop strings", most=2**16)
 
     def _check(self) -> None:
         require_positive(self, "max_new_tokens", "samples", "lookup_tokens", "lookup_match")
-        require_positive(self, "batch_size", "prefill_chunk", "block")
+        require_positive(self, "batch_size", "prefill_chunk", "block", "beams")
         require_at_least_zero(self, "typical_threshold", "typical_alpha")
         require_paths(self, "tree")
         require(all(self.stop), "stop must not hold the empty string")
+        plain = self.draft == "none" and self.samples == 1 and self.sampling == SamplingConfig(seed=self.sampling.seed)
+        require(
+            self.beams == 1 or plain,
+            f"beams={self.beams} gives the best text alone, and has neither samples, temperature, repetition_penalty "
+            "nor draft: leave them out",
+        )
         require(
             self.acceptance == "exact" or self.sampling.temperature > 0,
             "acceptance=typical compares probabilities, which temperature=0 does not have: give a temperature",
