@@ -126,7 +126,8 @@ def test_pieces_hold_whole_characters_and_come_early(loaded):
     config = make_config({**SAMPLED, "max_new_tokens": 40})
     pieces = list(stream_texts(TextGenerator(*loaded, config), ["é"], Speed()))
     [text] = lin_jax.generate(*loaded, ["é"], **{**SAMPLED, "max_new_tokens": 40})
-    assert "".join(pieces) == text + "\n" and len(pieces) == 11
+    # Some of the ten blocks of steps end inside a character, and give nothing.
+    assert "".join(pieces) == text + "\n" and len(pieces) == 8
     assert "\ufffd" in text and not any(piece.endswith("\ufffd") for piece in pieces[:-2])
 
 
@@ -436,7 +437,8 @@ def test_settings_of_a_job_of_another_kind_are_refused_in_one_line(loaded, tmp_p
         for field, value in good.items()
         for text in WRONG
         # Any text names a checkpoint, and these lists are empty.
-        if (field, text) not in {("checkpoint", '"a"'), ("stop", "[]"), ("stop_tokens", "[]")}
+        if text != json.dumps(value)
+        and (field, text) not in {("checkpoint", '"a"'), ("stop", "[]"), ("stop_tokens", "[]")}
     ]
     assert len(set(contents)) == len(contents) and json.dumps(good) not in contents
     for content in contents:
