@@ -1,9 +1,9 @@
-"""Measure a model: python eval.py --checkpoint runs/quickstart [--task perplexity|speculative|classification] [...]
+"""Measure a model: python eval.py --checkpoint runs/quickstart [--task perplexity|classification|...] [...]
 
 perplexity: perplexity and bits-per-byte; without --path, on the validation text that the run was trained with. Any
 --config.data.field=value changes the data. speculative: tokens a step and a second with guesses and without.
 classification: accuracy, F1 and so on, and a prediction for every example, of the run's validation examples or of a
-table that --path names.
+table that --path names. summarize: ROUGE of the targets that a model of sources writes, which stand beside the record.
 """
 
 import json

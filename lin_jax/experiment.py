@@ -40,6 +40,7 @@ from lin_jax.settings.typed import Settings, shown
 from lin_jax.tasks.classification import ClassificationFinetuneConfig as ClassificationFinetuneConfig
 from lin_jax.tasks.medusa import MedusaFinetuneConfig as MedusaFinetuneConfig
 from lin_jax.tasks.registry import TASKS, task_of
+from lin_jax.tasks.seq2seq import Seq2seqFinetuneConfig as Seq2seqFinetuneConfig
 from lin_jax.tasks.transfer import TransferFinetuneConfig as TransferFinetuneConfig
 
 

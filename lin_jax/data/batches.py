@@ -8,8 +8,10 @@ with rows that weigh nothing. The state of the iterator is the number of batches
 All hosts walk through the same global batches and keep the rows that they need, as in `lin_jax.data.pipeline`.
 """
 
+import abc
 import threading
 from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
@@ -71,9 +73,13 @@ def batches_of(
     - `weights`, float32: 1, and 0 for rows that fill up a batch;
     - `examples`, int32: the number of the example, -1 for such rows.
     """
-    made = _Batches(config, tokenizer, examples, labels, rows, trains)
-    count = _ENDLESS if trains else made.in_epoch
-    found = grain.MapDataset.range(count).map(made.batch).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return iterate(_LabelledBatches(config, tokenizer, examples, labels, rows, trains))
+
+
+def iterate(batches: "ExampleBatches[Any]") -> grain.DatasetIterator:
+    """Return batches in turn, endlessly where they are trained on; some are made ahead."""
+    count = _ENDLESS if batches.trains else batches.in_epoch
+    found = grain.MapDataset.range(count).map(batches.batch).to_iter_dataset(grain.ReadOptions(num_threads=0))
     return iter(experimental.ThreadPrefetchIterDataset(found, prefetch_buffer_size=PREFETCHED_BATCHES))
 
 
@@ -82,8 +88,83 @@ def count_batches(config: DataConfig, examples: int) -> int:
     return -(-examples // config.batch_size)
 
 
-class _Batches:
-    """All batches by number."""
+Encoded = TypeVar("Encoded")
+
+
+class ExampleBatches(abc.ABC, Generic[Encoded]):
+    """All batches by number; a subclass says what tokens an example becomes, and what a batch is made of.
+
+    Attributes:
+        trains: whether they go on for ever in random orders, see `batches_of`.
+        in_epoch: batches of an epoch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        examples: Any,
+        rows: Sequence[int] | np.ndarray | None,
+        trains: bool,
+    ):
+        """Take over examples, which have `len` and `take` as `Examples` has them; see `batches_of` for the rest."""
+        self._config, self._tokenizer, self._examples = config, tokenizer, examples
+        self._rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+        self.trains, self.in_epoch = trains, count_batches(config, len(examples))
+        self._window: tuple[tuple[int, int], list[list[int]], dict[int, Encoded]] | None = None
+        self._lock = threading.Lock()
+
+    @abc.abstractmethod
+    def encode(self, part: Examples) -> list[Encoded]:
+        """Return the tokens of examples."""
+
+    @abc.abstractmethod
+    def size(self, encoded: Encoded) -> int:
+        """Return the tokens by which examples are sorted."""
+
+    @abc.abstractmethod
+    def stack(self, chosen: list[int], own: list[int], tokens: dict[int, Encoded]) -> Batch:
+        """Return a batch.
+
+        Args:
+            chosen: all of its examples, by number.
+            own: the example of each row that is wanted, -1 for one that fills up the batch.
+            tokens: of examples, by number.
+        """
+
+    def batch(self, number: int) -> Batch:
+        """Return a batch."""
+        epoch, number = divmod(int(number), self.in_epoch)
+        window, place = divmod(number, WINDOW_BATCHES)
+        with self._lock:
+            if self._window is None or self._window[0] != (epoch, window):
+                self._window = ((epoch, window), *self._read(epoch, window))
+            _, batches, tokens = self._window
+        chosen = batches[place]
+        return self.stack(chosen, [chosen[row] if row < len(chosen) else -1 for row in self._rows], tokens)
+
+    def _read(self, epoch: int, window: int) -> tuple[list[list[int]], dict[int, Encoded]]:
+        """Return the examples of each batch of a window, and their tokens."""
+        seed = (self._config.seed, 1 + epoch) if self.trains else (_VALIDATION_SEED, 0)
+        order = np.random.default_rng(seed).permutation(len(self._examples))
+        size = self._config.batch_size
+        chosen = order[window * WINDOW_BATCHES * size : (window + 1) * WINDOW_BATCHES * size].tolist()
+        tokens = dict(zip(chosen, self.encode(self._examples.take(chosen)), strict=True))
+        # Examples of one length stay in their random order.
+        chosen.sort(key=lambda example: self.size(tokens[example]))
+        batches = [chosen[at : at + size] for at in range(0, len(chosen), size)]
+        mixed = np.random.default_rng((*seed, window)).permutation(len(batches))
+        return [batches[number] for number in mixed], tokens
+
+
+def filled_length(sizes: Sequence[int], longest: int, padding: str) -> int:
+    """Return the length that rows of these sizes are filled up to."""
+    known = lengths(longest, padding)
+    return known[int(np.searchsorted(known, max(sizes)))]
+
+
+class _LabelledBatches(ExampleBatches[tuple[np.ndarray, np.ndarray]]):
+    """Texts or pairs of texts as one row, with a label."""
 
     def __init__(
         self,
@@ -94,44 +175,21 @@ class _Batches:
         rows: Sequence[int] | np.ndarray | None,
         trains: bool,
     ):
-        self._config, self._tokenizer, self._examples, self._labels = config, tokenizer, examples, labels
-        self._rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
-        self._trains = trains
-        self._lengths = np.array(lengths(config.sequence_length, config.padding))
-        self.in_epoch = count_batches(config, len(examples))
-        self._window: tuple[tuple[int, int], list[list[int]], dict[int, tuple[np.ndarray, np.ndarray]]] | None = None
-        self._lock = threading.Lock()
+        super().__init__(config, tokenizer, examples, rows, trains)
+        self._labels = labels
 
-    def batch(self, number: int) -> Batch:
-        """Return a batch."""
-        epoch, number = divmod(int(number), self.in_epoch)
-        window, place = divmod(number, WINDOW_BATCHES)
-        with self._lock:
-            if self._window is None or self._window[0] != (epoch, window):
-                self._window = ((epoch, window), *self._read(epoch, window))
-            _, batches, tokens = self._window
-        return self._stack(batches[place], tokens)
+    def encode(self, part: Examples) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids and types."""
+        return self._tokenizer.encode_examples(part.first, part.second, self._config.sequence_length)
 
-    def _read(self, epoch: int, window: int) -> tuple[list[list[int]], dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Return the examples of each batch of a window, and their tokens."""
-        seed = (self._config.seed, 1 + epoch) if self._trains else (_VALIDATION_SEED, 0)
-        order = np.random.default_rng(seed).permutation(len(self._examples))
-        size = self._config.batch_size
-        chosen = order[window * WINDOW_BATCHES * size : (window + 1) * WINDOW_BATCHES * size].tolist()
-        part = self._examples.take(chosen)
-        encoded = self._tokenizer.encode_examples(part.first, part.second, self._config.sequence_length)
-        tokens = dict(zip(chosen, encoded, strict=True))
-        # Examples of one length stay in their random order.
-        chosen.sort(key=lambda example: len(tokens[example][0]))
-        batches = [chosen[at : at + size] for at in range(0, len(chosen), size)]
-        mixed = np.random.default_rng((*seed, window)).permutation(len(batches))
-        return [batches[number] for number in mixed], tokens
+    def size(self, encoded: tuple[np.ndarray, np.ndarray]) -> int:
+        """Return the length of the row."""
+        return len(encoded[0])
 
-    def _stack(self, chosen: list[int], tokens: dict[int, tuple[np.ndarray, np.ndarray]]) -> Batch:
-        longest = max(len(tokens[example][0]) for example in chosen)
-        T = self._lengths[np.searchsorted(self._lengths, longest)]
-        own = [chosen[row] if row < len(chosen) else -1 for row in self._rows]
-        shape = (len(own), int(T))
+    def stack(self, chosen: list[int], own: list[int], tokens: dict[int, tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Return a batch, see `batches_of`."""
+        sizes = [len(tokens[example][0]) for example in chosen]
+        shape = (len(own), filled_length(sizes, self._config.sequence_length, self._config.padding))
         found = {name: np.zeros(shape, np.int32) for name in ("tokens", "token_types", "segment_ids")}
         labels = np.zeros(len(own), self._labels.dtype)
         for row, example in enumerate(own):

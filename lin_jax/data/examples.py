@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from lin_jax.paths import is_remote
 from lin_jax.settings.base import ConfigError, require
 from lin_jax.settings.data import DataConfig
 from lin_jax.settings.typed import shown
+
+if TYPE_CHECKING:
+    from lin_jax.data.tfds_source import TfdsPairs
 
 TRAIN = "train"
 
@@ -169,6 +172,26 @@ def open_examples(config: DataConfig, split: str) -> Examples:
     return found
 
 
+def open_pairs(config: DataConfig, split: str) -> "Examples | TfdsPairs":
+    """Return the sources and targets of a split, as the first and the second texts of examples without labels.
+
+    Args:
+        config: the data: tables, whose columns are `text_field` and `target_field`, or a prepared TensorFlow dataset.
+        split: "train", "" for validation, or "test" for the files of `test_path`.
+
+    Raises:
+        ConfigError: they are not there, damaged, or none; with the file and the line.
+    """
+    require(bool(config.target_field), "data.target_field is empty: name the column of what is to be written")
+    if config.source == "tfds":
+        from lin_jax.data.tfds_source import tfds_pairs
+
+        return tfds_pairs(config, "train" if split == TRAIN else "validation")
+    found = _open_table(dataclasses.replace(config, second_field=config.target_field, label_field=""), split)
+    require(len(found) > 0, f"{found.name} has no examples; give others")
+    return found
+
+
 def _labels_of(examples: Examples) -> Sequence[str]:
     assert examples.labels is not None
     return examples.labels
@@ -213,12 +236,15 @@ def _open_table(config: DataConfig, split: str) -> Examples:
 def _read_tables(config: DataConfig, paths: Sequence[str], *, may_lack_label: bool = False) -> Examples:
     require(bool(paths), "data.path is empty: give tables with --config.data.path=FILE")
     texts = [config.text_field, *filter(None, [config.second_field])]
-    by_number = all(name.isdigit() for name in (*texts, config.label_field))
+    by_number = all(name.isdigit() for name in (*texts, *filter(None, [config.label_field])))
+    # Sources and targets have no label.
+    may_lack_label = may_lack_label or not config.label_field
+    second = "data.second_field" if config.label_field else "data.target_field"
     parts = []
     for path in paths:
         header = numbered_header(path, config.cache_directory) if by_number else ()
         table = read_table(path, config.cache_directory, header=header)
-        fields = ("data.text_field and data.second_field", config.label_field, "data.label_field")
+        fields = (f"data.text_field and {second}", config.label_field, "data.label_field")
         parts.append(_from_table(table, config, texts, *fields, may_lack_label=may_lack_label))
     return _joined(parts)
 

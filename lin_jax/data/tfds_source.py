@@ -37,7 +37,7 @@ class TfdsSource:
         example = int(self.chosen[index])
         text = self.examples[example][self.config.text_field]
         where = f"{self.config.tfds_name} example {example}"
-        require(isinstance(text, (str, bytes)), f"{where}: data.text_field={self.config.text_field} is not text")
+        require(isinstance(text, (str, bytes)), f"{where}: the field {self.config.text_field} is not text")
         if isinstance(text, str):
             return without_surrogates(text, self.config, where)
         try:
@@ -68,6 +68,41 @@ def open_tfds(config: DataConfig, split: Literal["train", "validation"]) -> Tfds
     _check_apart(builder, config)
     examples = _examples(builder, config, config.train_split if split == "train" else config.validation_split)
     return TfdsSource(config, examples, range(len(examples)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsPairs:
+    """Sources and targets of a TFDS data source, read when they are asked for; see `Examples`."""
+
+    first: TfdsSource
+    second: TfdsSource
+
+    @property
+    def name(self) -> str:
+        """The dataset."""
+        return self.first.config.tfds_name
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.first)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the examples, and the names of both fields."""
+        return f"{self.first.fingerprint}, {self.first.config.text_field} to {self.second.config.text_field}"
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Examples:
+        """Return some of the pairs."""
+        first, second = ([source[int(row)] for row in rows] for source in (self.first, self.second))
+        return Examples(self.name, first, second, None, [int(row) for row in rows])
+
+
+def tfds_pairs(config: DataConfig, split: Literal["train", "validation"]) -> TfdsPairs:
+    """Return the pairs of a split; see `open_tfds`."""
+    target = dataclasses.replace(config, text_field=config.target_field)
+    found = TfdsPairs(open_tfds(config, split), open_tfds(target, split))
+    require(len(found) > 0, f"{found.name} has no examples; give others")
+    return found
 
 
 def _held_out(builder: Any, config: DataConfig, split: str) -> TfdsSource:

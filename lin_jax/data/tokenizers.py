@@ -21,6 +21,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lin_jax.data.examples import TRAIN, open_examples, open_pairs
 from lin_jax.data.sources import open_source
 from lin_jax.paths import check_remote, copy_directory, is_remote, write_whole
 from lin_jax.settings.base import ConfigError, first_line, require
@@ -74,6 +75,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without tokens for its beginning and end."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return `encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
     def border(self, text: str, position: int, reach: int) -> int | None:
@@ -203,6 +208,11 @@ class LibraryTokenizer(Tokenizer):
         """Token ids of a text, int32."""
         # Without offsets, which take time.
         return np.array(_encoding(self._backend.encode_batch_fast, text).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids of texts, on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def border(self, text: str, position: int, reach: int) -> int | None:
         """Return the nearest border that is one whether or not the ends of the text are cut off."""
@@ -412,11 +422,21 @@ def _learn(config: DataConfig) -> LibraryTokenizer:
 def _sample(config: DataConfig) -> Iterator[str]:
     """Training text in a random order, up to `TRAINING_CHARACTERS`."""
     left = TRAINING_CHARACTERS
-    for text in grain.MapDataset.source(open_source(config, "train")).shuffle(seed=0):
+    for text in _training_texts(config):
         yield text[:left]
         left -= len(text)
         if left <= 0:
             return
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    if config.source not in ("glue", "table"):
+        yield from grain.MapDataset.source(open_source(config, "train")).shuffle(seed=0)
+        return
+    examples: Any = open_pairs(config, TRAIN) if config.target_field else open_examples(config, TRAIN)
+    shuffled = examples.take(np.random.default_rng(0).permutation(len(examples)))
+    for texts in zip(*filter(None, (shuffled.first, shuffled.second)), strict=True):
+        yield from texts
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

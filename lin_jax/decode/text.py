@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lin_jax.data.pairs import encode_sources
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.beams import BeamSearch
 from lin_jax.decode.generate import Generator
@@ -75,15 +76,33 @@ class TextGenerator:
         Raises:
             ConfigError: a prompt is empty or too long.
         """
-        numbers = range(len(prompts)) if numbers is None else numbers
         ids = [self._encode(prompt, f"prompt {place}") for place, prompt in enumerate(prompts)]
-        jobs = ((row, sample) for row in range(len(prompts)) for sample in range(self.config.samples))
-        size = min(self.config.batch_size, max(len(prompts) * self.config.samples, 1))
+        return self._batches([""] * len(ids) if self._reads_source else prompts, ids, numbers)
+
+    def _batches(
+        self, before: Sequence[str], ids: Sequence[np.ndarray], numbers: Sequence[int] | None
+    ) -> Iterator[Iterator[list[Continuation]]]:
+        numbers = range(len(ids)) if numbers is None else numbers
+        jobs = ((row, sample) for row in range(len(ids)) for sample in range(self.config.samples))
+        size = min(self.config.batch_size, max(len(ids) * self.config.samples, 1))
         while part := list(itertools.islice(jobs, size)):
             rows = [row for row, _ in part]
             of_rows = [(numbers[row], sample) for row, sample in part]
-            before = ["" if self._reads_source else prompts[row] for row in rows]
-            yield self._batch(before, [ids[row] for row in rows], of_rows, size)
+            yield self._batch([before[row] for row in rows], [ids[row] for row in rows], of_rows, size)
+
+    def write(self, prompts: Sequence[np.ndarray], numbers: Sequence[int] | None = None) -> Iterator[Continuation]:
+        """Yield what follows each prompt of token ids, or the target of each source, in their order.
+
+        Args:
+            prompts: token ids.
+            numbers: see `batches`.
+
+        Raises:
+            ConfigError: a prompt is empty or too long.
+        """
+        for batch in self._batches([""] * len(prompts), prompts, numbers):
+            *_, last = batch
+            yield from last
 
     def reply(self, tokens: np.ndarray) -> Iterator[Continuation]:
         """Yield what follows one prompt of token ids, after every `config.block` steps.
@@ -139,7 +158,7 @@ class TextGenerator:
         ids = self.tokenizer.encode(prompt)
         require(len(ids) > 0, f"{name} is empty: give some text to continue")
         if self._reads_source:
-            return np.append(ids, np.int32(self.tokenizer.end_id))
+            return encode_sources([prompt], self.tokenizer)[0]
         begin = [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
         return np.concatenate([np.array(begin, np.int32), ids])
 

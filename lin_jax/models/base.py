@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -138,13 +138,22 @@ class Model(nnx.Module):
         return own * attention.kinds(config.depth).count(attention.kind)
 
 
-def _flops_by_layer(model: type[Model], config: Any, tokens: int, tiled: bool) -> list[int]:
-    sizes, attention = model.head_sizes(config), config.attention
+def flops_of(attention: AttentionConfig, depth: int, count: Callable[[type[Attention], Any], Any]) -> list[Any]:
+    """Return what `count` gives for the kind and settings of each of `depth` layers that have this attention."""
     whole = {}
-    for kind in attention.kinds(config.depth):
-        settings = attention if kind == attention.kind else ATTENTIONS[kind].settings(kind=kind)
-        whole[kind] = ATTENTIONS[kind].flops(settings, sizes, tokens, tiled=tiled)
-    return [whole[kind] for kind in attention.kinds(config.depth)]
+    for kind in attention.kinds(depth):
+        settings = (
+            attention if kind == attention.kind else ATTENTIONS[kind].settings(kind=kind, causal=attention.causal)
+        )
+        whole[kind] = count(ATTENTIONS[kind], settings)
+    return [whole[kind] for kind in attention.kinds(depth)]
+
+
+def _flops_by_layer(model: type[Model], config: Any, tokens: int, tiled: bool) -> list[int]:
+    sizes = model.head_sizes(config)
+    return flops_of(
+        config.attention, config.depth, lambda kind, settings: kind.flops(settings, sizes, tokens, tiled=tiled)
+    )
 
 
 class Layer(nnx.Module):

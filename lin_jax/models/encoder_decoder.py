@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rows import Rows
 from lin_jax.layers.stack import run_layers
-from lin_jax.models.base import Decoder, DecoderState, Layer, Matrix
+from lin_jax.models.base import Decoder, DecoderState, Layer, Matrix, flops_of
 from lin_jax.settings.base import ConfigError
 
 
@@ -62,6 +62,25 @@ class EncoderDecoder(Decoder):
     @abc.abstractmethod
     def source_matrices(cls, config: Any) -> list[Matrix]:
         """Return the matrices that the tokens of the source are multiplied with, in the order of their use."""
+
+    @classmethod
+    def pair_attention_flops(cls, config: Any, S: int, T: int) -> tuple[int, int]:
+        """Return the operations of all attentions in a forward pass: per token of the target, and of the source.
+
+        Args:
+            config: the model.
+            S: tokens of the source.
+            T: tokens of the target.
+        """
+        sizes = cls.head_sizes(config)
+        cross = flops_of(
+            config.cross_attention, config.depth, lambda kind, settings: kind.memory_flops(settings, sizes, T, S)
+        )
+        encoder = flops_of(
+            config.encoder_attention, config.encoder_depth, lambda kind, settings: kind.flops(settings, sizes, S)
+        )
+        read, made = (sum(part) for part in zip(*cross, strict=True))
+        return cls.attention_flops(config, T) + read, sum(encoder) + made
 
     def encode(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -43,6 +44,14 @@ class Flops:
         """Both."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Flops(*(mine + theirs for mine, theirs in pairs))
+
+    def __rmul__(self, count: int) -> "Flops":
+        """Those of so many."""
+        return Flops(*(count * own for own in dataclasses.astuple(self)))
+
+    def __floordiv__(self, count: int) -> "Flops":
+        """Those of one of so many."""
+        return Flops(*(own // count for own in dataclasses.astuple(self)))
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -91,6 +100,34 @@ def layer_flops(config: ModelConfig, T: int, lora: LoraConfig, trains: Callable[
     """
     model = _model(config)
     mixing, own = model.attention_flops(config, T, tiled=tiled), model.matrices(config)
+    return _stack_flops(config, own, mixing, model.recomputed_flops(config, T), lora, trains)
+
+
+def pair_flops(config: ModelConfig, S: int, T: int, lora: LoraConfig, trains: Callable[[Path], bool]) -> Flops:
+    """Return the operations of all layers of a model that reads a source, for both rows of a pair.
+
+    Args:
+        config: the model.
+        S: tokens of the source.
+        T: tokens of the target.
+        lora: adapters.
+        trains: whether the parameter at a path trains.
+    """
+    model: Any = _model(config)
+    mixing, of_source = model.pair_attention_flops(config, S, T)
+    target = _stack_flops(config, model.matrices(config), mixing, 0, lora, trains)
+    return T * target + S * _stack_flops(config, model.source_matrices(config), of_source, 0, lora, trains)
+
+
+def _stack_flops(
+    config: ModelConfig,
+    own: Sequence[Matrix],
+    mixing: int,
+    recomputed: int,
+    lora: LoraConfig,
+    trains: Callable[[Path], bool],
+) -> Flops:
+    """Return the operations of matrices and of attention, of which `recomputed` are repeated anyway."""
     forward = sum(matrix.flops for matrix in own) + mixing
     adapters = adapter_flops(own, lora)
     if not reaches_layers(config, lora, trains):
@@ -98,7 +135,7 @@ def layer_flops(config: ModelConfig, T: int, lora: LoraConfig, trains: Callable[
     # Nothing reads the last product of a layer again: it ends in a sum.
     again = {"none": 0, "full": forward + adapters - own[-1].flops, "dots": mixing}
     backward = forward + mixing + sum(matrix.flops for matrix in own if trains(matrix.path)) + 2 * adapters
-    return Flops(forward + adapters, backward, again[config.remat] + model.recomputed_flops(config, T))
+    return Flops(forward + adapters, backward, again[config.remat] + recomputed)
 
 
 def adapter_flops(own: Sequence[Matrix], lora: LoraConfig) -> int:

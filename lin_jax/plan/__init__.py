@@ -49,7 +49,7 @@ def plan(config: Config, report: Report = lambda line: None) -> str:
 
 def _describe(made: Attempt) -> list[str]:
     traced, config = made.traced, made.traced.parts.config
-    tokens = config.data.batch_size * config.data.sequence_length
+    tokens = config.data.batch_size * traced.parts.task.row_tokens
     cut = [f"{name} {size}" for name, size in traced.parts.mesh.shape.items() if size > 1]
     flops = step_flops(config, tiled=made.tiled).needed * tokens
     rows = [
@@ -101,7 +101,8 @@ def _program_rows(made: Attempt) -> Rows:
     rows = [("kernels", ", ".join(step.kernels) or "none but XLA's own"), *collective_rows(step.collectives)]
     if chip is None:
         return rows
-    per_token, tokens = step_flops(config, tiled=made.tiled), config.data.batch_size * config.data.sequence_length
+    tokens = config.data.batch_size * made.traced.parts.task.row_tokens
+    per_token = step_flops(config, tiled=made.tiled)
     traffic, count = hbm_traffic(made.traced, flash=made.tiled), made.target.count
     linked = count // made.target.slices if chip.platform == "tpu" else chip.linked
     computed = per_token.computed * tokens

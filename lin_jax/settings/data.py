@@ -29,6 +29,13 @@ class DataConfig(Settings):
         "sst2", "source=glue: the task of GLUE"
     )
     second_field: str = setting("", "source=table: column of the second text of a pair; empty: texts stand alone")
+    target_field: str = setting(
+        "", "source=table, tfds: field of the text that objective=seq2seq writes; text_field is its source"
+    )
+    target_length: int = setting(
+        128, "objective=seq2seq: tokens in a target; a source has sequence_length of them", most=2**24
+    )
+    prefix: str = setting("", "objective=seq2seq: what every source begins with, such as 'summarize: '")
     label_field: str = setting(
         "label", "source=table: column of the label; files without header have numbers for names: 1, 2, ..."
     )
@@ -71,7 +78,7 @@ class DataConfig(Settings):
     seed: int = setting(0, "seed of the order of documents", most=2**32 - 1)
 
     def _check(self) -> None:
-        require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary")
+        require_positive(self, "sequence_length", "batch_size", "tokenizer_vocabulary", "target_length")
         require_at_least_zero(self, "seed")
         require_paths(
             self, "path", "validation_path", "test_path", "tfds_name", "tfds_directory", "cache_directory", "tokenizer"

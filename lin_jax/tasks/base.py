@@ -218,6 +218,11 @@ class Task(abc.ABC):
     def loss(self, structure: Structure, partition: Partition) -> Loss:
         """Return the function that is minimised; its sums do not depend on how a batch is cut into parts."""
 
+    @property
+    def row_tokens(self) -> int:
+        """Return the tokens of a row for which `flops` counts."""
+        return self.config.data.sequence_length
+
     @abc.abstractmethod
     def flops(self, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:
         """Return the operations of a step for one token.

@@ -1,7 +1,6 @@
 """Classification of texts and pairs of texts, or a number for each: GLUE and any table."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lin_jax.data.batches import batches_of, count_batches
+from lin_jax.data.batches import batches_of
 from lin_jax.data.checks import check_fits
 from lin_jax.data.examples import (
     TRAIN,
@@ -28,12 +27,13 @@ from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import Partition
 from lin_jax.models.base import ModelConfig
-from lin_jax.models.flops import Flops, layer_flops
+from lin_jax.models.flops import Flops, layer_flops, pair_flops
 from lin_jax.models.registry import MODELS
 from lin_jax.models.structure import Structure
 from lin_jax.settings.base import require, setting
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.base import Batch, BatchField, Evaluation, Loss, ResultFile, RunSettings, Task, Validation
+from lin_jax.tasks.epochs import steps_of_epochs
 from lin_jax.tasks.loss import LossSums
 from lin_jax.tasks.measures import class_measures, number_measures
 
@@ -89,18 +89,8 @@ class Classification(Task):
         """Return settings with the classes of the data, and the steps that `train.epochs` come to."""
         config: Any = self.config
         model = self._with_labels(config.model)
-        train = config.train
-        if train.epochs:
-            batches = count_batches(config.data, len(open_examples(config.data, TRAIN)))
-            steps = max(1, math.ceil(train.epochs * batches))
-            warmup = config.optimizer.warmup_steps
-            require(
-                warmup < steps or config.optimizer.schedule == "constant",
-                f"optimizer.warmup_steps={warmup} must be smaller than the {steps} steps of train.epochs="
-                f"{train.epochs:g}",
-            )
-            train = dataclasses.replace(train, steps=steps)
-        return dataclasses.replace(config, model=model, train=train)
+        examples = len(open_examples(config.data, TRAIN))
+        return dataclasses.replace(config, model=model, train=steps_of_epochs(config, examples))
 
     def _with_labels(self, model: Any) -> ModelConfig:
         names = class_names(self.config.data)
@@ -224,8 +214,10 @@ class Classification(Task):
 
     def flops(self, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:
         """Return the operations of the layers; a head that reads a token of a row is next to nothing."""
-        config = self.config
-        return layer_flops(config.model, config.data.sequence_length, config.finetune.lora, trains, tiled=tiled)
+        config, T = self.config, self.config.data.sequence_length
+        if MODELS[config.model.architecture].reads_source:  # The row is source and target.
+            return pair_flops(config.model, T, T, config.finetune.lora, trains) // T
+        return layer_flops(config.model, T, config.finetune.lora, trains, tiled=tiled)
 
     # What is measured.
 

@@ -50,6 +50,7 @@ def sharded_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
     partition: Partition,
 ) -> LossSums:
     """`chunked_loss` where rows and tokens may be cut over devices.
@@ -65,23 +66,25 @@ def sharded_loss(
         weights_BT: of every target.
         chunk: tokens of a whole row whose logits exist at a time, on all devices together.
         z_loss: weight of the squared log of the softmax denominator.
+        smoothing: see `chunked_loss`.
         partition: how batch and vocabulary are cut.
     """
     axes = partition.axes("batch") + partition.axes("tokens")
     size = jax.eval_shape(head, parameters, hidden_BTC[:, :1]).shape[-1]
     (vocabulary,) = partition.spec(("vocabulary",), (size,))
+    extra: dict[str, Any] = {"z_loss": z_loss, "smoothing": smoothing}
     if not axes:
         of_head, cut = (
             functools.partial(head, parameters),
             partition.place(None, None, vocabulary) if vocabulary else None,
         )
-        return chunked_loss(of_head, hidden_BTC, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss, cut=cut)
+        return chunked_loss(of_head, hidden_BTC, targets_BT, weights_BT, chunk=chunk, cut=cut, **extra)
     rows = PartitionSpec(partition.axes("batch") or None, partition.axes("tokens") or None)
     own = max(1, chunk // partition.shards("tokens"))
 
     def of_part(parameters: Any, *part: Array) -> LossSums:
         cut = PartitionSpec(None, None, vocabulary) if vocabulary else None
-        sums = chunked_loss(functools.partial(head, parameters), *part, chunk=own, z_loss=z_loss, cut=cut)
+        sums = chunked_loss(functools.partial(head, parameters), *part, chunk=own, cut=cut, **extra)
         return jax.tree.map(lambda array: jax.lax.psum(array, axes), sums)
 
     sharded = jax.shard_map(
@@ -103,6 +106,7 @@ def chunked_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
     cut: Cut | None = None,
 ) -> LossSums:
     """The sums of a batch's losses; logits [B, T, V] never exist whole, neither forward nor backward.
@@ -115,16 +119,21 @@ def chunked_loss(
         chunk: tokens of a row whose logits exist at a time. Rows stay whole, so that a batch that is cut over
             devices is not moved.
         z_loss: weight of the squared log of the softmax denominator.
+        smoothing: part of the loss that is the mean over all tokens of the vocabulary instead of the target's (Szegedy
+            et al., 2016); `nll` has none of it.
         cut: how logits are cut along the vocabulary.
     """
 
     @jax.checkpoint
     def add(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = part
-        nll, denominator = token_losses(head(hidden), targets, cut)
+        logits = head(hidden)
+        nll, denominator = token_losses(logits, targets, cut)
         nll_sum = jnp.sum(nll * weights)
-        z_sum = z_loss * jnp.sum(jnp.square(denominator) * weights)
-        return LossSums(sums.loss + nll_sum + z_sum, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None
+        more = z_loss * jnp.sum(jnp.square(denominator) * weights)
+        if smoothing:
+            more += smoothing * jnp.sum((denominator - jnp.mean(logits, axis=-1) - nll) * weights)
+        return LossSums(sums.loss + nll_sum + more, sums.nll + nll_sum, sums.weight + jnp.sum(weights)), None
 
     parts = tuple(split_positions(array, chunk) for array in (hidden_BTC, targets_BT, weights_BT))
     zero = jnp.zeros((), jnp.float32)

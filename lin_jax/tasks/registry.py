@@ -11,6 +11,7 @@ TASKS: Registry[type[Task]] = Registry(
         "attention_transfer": "lin_jax.tasks.transfer:AttentionTransfer",
         "classification": "lin_jax.tasks.classification:Classification",
         "medusa": "lin_jax.tasks.medusa:MedusaTraining",
+        "seq2seq": "lin_jax.tasks.seq2seq:SequenceToSequence",
     },
 )
 

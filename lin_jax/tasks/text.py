@@ -12,6 +12,9 @@ from lin_jax.data.checks import check_data
 from lin_jax.data.pipeline import training_batches, validation_batches
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.layers.partition import Partition
+from lin_jax.models.base import Decoder, Model
+from lin_jax.models.registry import MODELS
+from lin_jax.settings.base import require
 from lin_jax.tasks.base import Batch, BatchField, Task
 from lin_jax.tasks.loss import LossSums, sharded_loss
 
@@ -24,6 +27,21 @@ class TextTask(Task):
     See `lin_jax.data.pipeline.training_batches`. A task with more fields gives them in `batch_fields` and makes them in
     `make_rows`.
     """
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a model that the task is not for."""
+        super().check()
+        architecture, objective = self.config.model.architecture, self.config.finetune.objective
+        can = [name for name in MODELS if self.suits(MODELS[name])]
+        require(
+            architecture in can,
+            f"finetune.objective={objective} cannot be done by {architecture}; models that can: {', '.join(can)}",
+        )
+
+    @classmethod
+    def suits(cls, model: type[Model]) -> bool:
+        """Return whether the task is one for a kind of model: for those that predict the next token of a row."""
+        return issubclass(model, Decoder) and not model.reads_source
 
     def batch_fields(self) -> Mapping[str, BatchField]:
         """Return tokens, targets, segment ids and weights."""

@@ -158,6 +158,8 @@ def _check_tokens(partition: Partition, model: ModelConfig, length: int) -> None
     if shards == 1:
         return
     told = _told(partition, "tokens")
+    architecture = model.architecture
+    require(not MODELS[architecture].reads_source, f"{told} cuts rows, which {architecture} needs whole: leave it at 1")
     require(attention.causal, f"{told} cuts rows, which attention.causal=false needs whole")
     require(length % shards == 0, f"data.sequence_length={length} is not divisible by the {shards} devices of {told}")
     own = length // shards
