@@ -15,7 +15,7 @@ from lin_jax.layers.partition import Partition
 from lin_jax.models.base import Decoder, Model
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import require
-from lin_jax.tasks.base import Batch, BatchField, Task
+from lin_jax.tasks.base import Batch, BatchField, RunSettings, Task
 from lin_jax.tasks.loss import LossSums, sharded_loss
 
 _TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
@@ -28,15 +28,18 @@ class TextTask(Task):
     `make_rows`.
     """
 
-    def check(self) -> None:
-        """Raise `ConfigError` for a model that the task is not for."""
-        super().check()
+    def complete(self) -> RunSettings:
+        """Return the settings; raise `ConfigError` for a model that the task is not for.
+
+        Not in `check`: settings of a model alone, which is converted for example, name no other task.
+        """
         architecture, objective = self.config.model.architecture, self.config.finetune.objective
         can = [name for name in MODELS if self.suits(MODELS[name])]
         require(
             architecture in can,
             f"finetune.objective={objective} cannot be done by {architecture}; models that can: {', '.join(can)}",
         )
+        return super().complete()
 
     @classmethod
     def suits(cls, model: type[Model]) -> bool:

@@ -55,8 +55,10 @@ class SummarizeTask(EvaluationTask):
             f"{known.checkpoint} is a {architecture}, and --task summarize is for models that read a source",
         )
         config = dataclasses.replace(config, mesh=MeshConfig())
-        table = ["--config.data.source=table", f"--config.data.test_path={tuple(known.path)!r}"]
-        config = apply_overrides(config, [*(table if known.path else ()), *overrides])
+        if known.path:
+            table = ["--config.data.source=table", f"--config.data.test_path={tuple(known.path)!r}"]
+            overrides = [*table, *overrides]
+        config = apply_overrides(config, overrides)
         data = config.data
         pairs = open_pairs(data, "test" if known.path else "")
         chosen = validation_sample(pairs, known.limit or len(pairs))
