@@ -14,6 +14,7 @@ from lin_jax.attentions.softmax import SoftmaxConfig as SoftmaxConfig
 from lin_jax.chips import is_plan
 from lin_jax.layers.rope import RopeConfig as RopeConfig
 from lin_jax.models.base import ModelConfig as ModelConfig
+from lin_jax.models.bert import BertConfig as BertConfig
 from lin_jax.models.flash import FlashConfig as FlashConfig
 from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
 from lin_jax.models.llama import LlamaConfig as LlamaConfig

@@ -36,7 +36,8 @@ def target_config(config: Config, attention: str | None, overrides: list[str]) -
 
     Args:
         config: the source's.
-        attention: a name of `lin_jax.attentions.registry.preset_names`; None keeps the source's attention.
+        attention: a name of `lin_jax.attentions.registry.preset_names`, for all attentions of the model; None keeps
+            the source's.
         overrides: `--config.model.field=value`.
 
     Raises:
@@ -45,7 +46,8 @@ def target_config(config: Config, attention: str | None, overrides: list[str]) -
     for override in overrides:
         require(override.startswith("--config.model."), f"{override}: only --config.model fields can be given here")
     if attention is not None:
-        overrides = [f"--config.model.attention={attention}", *overrides]
+        chosen = [f"--config.model.{name}={attention}" for name in config.model.attention_fields]
+        overrides = [*chosen, *overrides]
     return apply_overrides(config, overrides)
 
 

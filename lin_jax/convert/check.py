@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lin_jax.convert.conversion import conversion_of
 from lin_jax.convert.hugging_face import ModelWeights
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.models.base import ModelConfig
+from lin_jax.models.registry import MODELS
 from lin_jax.ops.product import in_full_float32
 from lin_jax.settings.base import require
 
@@ -80,12 +83,18 @@ def logits_of(weights: ModelWeights, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits of our model, computed in float32."""
     config: Any = dataclasses.replace(weights.config, dtype="float32")
     graph, state = nnx.split(dataclasses.replace(weights, config=config).model())
-    logits = in_full_float32(lambda state, tokens_BT: nnx.merge(graph, state)(tokens_BT))
+    logits = in_full_float32(lambda state, tokens_BT: nnx.merge(graph, state).probe(tokens_BT))
     return np.asarray(jax.jit(logits)(state, tokens_BT))
 
 
-def logits_of_transformers(directory: Path, tokens_BT: np.ndarray) -> np.ndarray | None:
-    """Logits of Hugging Face's model of a directory, in float32; None without torch."""
+def logits_of_transformers(directory: Path, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray | None:
+    """Logits, or features, of Hugging Face's model of a directory, in float32; None without torch.
+
+    Args:
+        directory: of the model.
+        config: our settings of it.
+        tokens_BT: rows, sources and targets alike where the model reads both.
+    """
     try:
         import torch
     except ImportError:
@@ -93,9 +102,13 @@ def logits_of_transformers(directory: Path, tokens_BT: np.ndarray) -> np.ndarray
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
+    library: Any = getattr(transformers, conversion_of(config).library(config))
+    model: Any = library.from_pretrained(str(directory), dtype=torch.float32).eval()
+    tokens = torch.from_numpy(tokens_BT.astype(np.int64))
+    targets = {"decoder_input_ids": tokens} if MODELS[config.architecture].reads_source else {}
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
+        found = model(input_ids=tokens, **targets)
+    return (found.logits if "logits" in found else found.last_hidden_state).numpy()
 
 
 def compare(source_BTV: np.ndarray, result_BTV: np.ndarray) -> Difference:

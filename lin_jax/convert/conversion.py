@@ -8,10 +8,19 @@ import numpy as np
 
 from lin_jax.attentions.registry import ATTENTIONS
 from lin_jax.convert.names import Entry, centred_filter, full_filter, scalar
+from lin_jax.convert.tensors import Tensors
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import ConfigError
 from lin_jax.settings.foreign import Fields
+
+
+def _as_they_are(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _causal(config: Any) -> str:
+    return "AutoModelForCausalLM"
 
 
 class Conversion(NamedTuple):
@@ -29,6 +38,8 @@ class Conversion(NamedTuple):
         is_tied: whether they are one where config.json does not say.
         replaced: entries of config.json that say what others say which `config_to` writes.
         conv1d: projections, by the end of their names, whose matrices are [inputs, outputs].
+        renamed: the tensors of a directory under the names of the table, where files have had others.
+        library: settings to the class of transformers that computes what our model gives when it is called.
     """
 
     model_type: str
@@ -42,6 +53,8 @@ class Conversion(NamedTuple):
     is_tied: bool
     replaced: tuple[str, ...] = ()
     conv1d: tuple[str, ...] = ()
+    renamed: Callable[[Tensors], Tensors] = _as_they_are
+    library: Callable[[Any], str] = _causal
 
 
 def conversion_of(config: ModelConfig) -> Conversion:

@@ -16,6 +16,7 @@ from lin_jax.convert.hugging_face_config import (
     names_ending,
 )
 from lin_jax.convert.names import Entry, transposed
+from lin_jax.convert.tensors import Renamed, Tensors
 from lin_jax.models.gpt2 import Gpt2Config
 from lin_jax.settings.foreign import Fields
 
@@ -52,6 +53,14 @@ def name_table(config: Gpt2Config) -> list[Entry]:
     if config.labels:
         table.append(transposed("score.weight", "score.kernel"))
     return table + attention_entries(config, "gpt2", layer + "attn.", "layers.mixing.")
+
+
+def renamed(tensors: Tensors) -> Tensors:
+    """Return the tensors under their names of today: the first published files of GPT-2 lack a prefix."""
+    if "wte.weight" not in tensors:
+        return tensors
+    heads = (HEAD, "score.weight")
+    return Renamed(tensors, {name if name in heads else f"transformer.{name}": name for name in tensors})
 
 
 def ignored(config: Gpt2Config) -> tuple[str, ...]:
@@ -136,4 +145,5 @@ CONVERSION = Conversion(
     is_tied=IS_TIED,
     replaced=("n_ctx", "num_labels"),
     conv1d=CONV1D,
+    renamed=renamed,
 )

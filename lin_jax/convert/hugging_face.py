@@ -113,7 +113,8 @@ def _opened(directory: Path, adapter: Path | None) -> tuple[Any, Conversion, Ten
     family = conversion_of_type(fields.get("model_type", str), fields.place)
     quantized = fields.section("quantization_config")
     fields.require(not quantized, "quantization_config: quantized tensors are not supported, only floats")
-    tensors, is_tied = _tensors_in(directory), fields.get("tie_word_embeddings", bool, family.is_tied)
+    tensors = family.renamed(CheckpointFiles(directory))
+    is_tied = fields.get("tie_word_embeddings", bool, family.is_tied)
     if is_tied:
         tensors, is_tied = _untie(tensors, adapter, family)
     elif adapter is not None:
@@ -142,15 +143,6 @@ def _read_constants(config: ModelConfig, found: Mapping[str, np.ndarray]) -> dic
         require(path in found, f"the checkpoint lacks {CONSTANTS}{path}, a constant of its attention")
         require(found[path].shape == shape.shape, f"{CONSTANTS}{path} has shape {found[path].shape}, not {shape.shape}")
     return {path: jnp.asarray(found[path], jnp.float32) for path in wanted}
-
-
-def _tensors_in(directory: Path) -> Tensors:
-    """Those of a directory; the first published files of GPT-2 lack a prefix."""
-    tensors = CheckpointFiles(directory)
-    if "wte.weight" not in tensors:
-        return tensors
-    heads = ("lm_head.weight", "score.weight")
-    return Renamed(tensors, {name if name in heads else f"transformer.{name}": name for name in tensors})
 
 
 def _untie(tensors: Tensors, adapter: Path | None, family: Conversion) -> tuple[Tensors, bool]:

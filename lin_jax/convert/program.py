@@ -123,11 +123,15 @@ def _convert(
 
 def _function(config: ModelConfig) -> ModelConfig:
     """The settings without those that change how a model is computed, but not what."""
-    attention: Any = config.attention
-    if hasattr(attention, "implementation"):
-        attention = dataclasses.replace(attention, implementation=None)
-    how = {"attention": attention, "dtype": "float32", "remat": "none"}
+    how: dict[str, Any] = {"dtype": "float32", "remat": "none"}
+    for name in config.attention_fields:
+        attention: Any = getattr(config, name)
+        how[name] = dataclasses.replace(attention, implementation=None) if _has_forms(attention) else attention
     return dataclasses.replace(config, **{name: value for name, value in how.items() if hasattr(config, name)})
+
+
+def _has_forms(attention: Any) -> bool:
+    return hasattr(attention, "implementation")
 
 
 def _require_effect(config: Config, attention: str | None, overrides: Sequence[str]) -> None:
@@ -157,13 +161,20 @@ def _names_told(changed: Changed, target: str) -> list[str]:
     weights, config = changed.weights, changed.weights.config
     count = sum(array.size for array in weights.arrays.values())
     types = ", ".join(sorted({str(array.dtype) for array in weights.arrays.values()}))
-    lines = [f"{target}: {config.architecture}, {config.attention.kind} attention, {count:,} parameters, {types}"]
+    kinds = {name: getattr(config, name).kind for name in config.attention_fields}
+    told = next(iter(kinds.values())) if len(set(kinds.values())) == 1 else " and ".join(map(_told_kind, kinds.items()))
+    lines = [f"{target}: {config.architecture}, {told} attention, {count:,} parameters, {types}"]
     if changed.new:
         lines.append(f"new, with the values of a fresh model: {', '.join(changed.new)}")
     unused = [*changed.unused, *_without_numbers(weights.unused)]
     if unused:
         lines.append(f"not used: {', '.join(unused)}")
     return lines
+
+
+def _told_kind(pair: tuple[str, str]) -> str:
+    name, kind = pair
+    return kind if name == "attention" else f"{kind} {name.removesuffix('_attention')}"
 
 
 def _without_numbers(names: Iterable[str]) -> list[str]:
@@ -191,7 +202,7 @@ def _check(given: Input, target: Path, is_same: bool) -> list[str]:
     found = {"result against source": (compare(source_BTV, result_BTV), is_narrow)}
     plain = {"source": path if alone else None, "result": target if _is_plain(result, target) else None}
     for name, directory in plain.items():
-        theirs_BTV = None if directory is None else logits_of_transformers(directory, tokens_BT)
+        theirs_BTV = None if directory is None else logits_of_transformers(directory, result.config, tokens_BT)
         if theirs_BTV is not None:
             which = compare(theirs_BTV, result_BTV), is_narrow and name == "source"
             found[f"result against transformers on the {name}"] = which
@@ -203,4 +214,6 @@ def _check(given: Input, target: Path, is_same: bool) -> list[str]:
 
 def _is_plain(weights: ModelWeights, directory: Path) -> bool:
     """Whether Hugging Face's library computes this model: it knows the original attention only."""
-    return (directory / "config.json").is_file() and weights.config.attention.kind == "softmax"
+    config = weights.config
+    plain = all(getattr(config, name).kind == "softmax" for name in config.attention_fields)
+    return (directory / "config.json").is_file() and plain

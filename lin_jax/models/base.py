@@ -110,6 +110,10 @@ class Model(nnx.Module):
     reads_source: ClassVar[bool] = False
     config: Any
 
+    def probe(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T X"]:
+        """Return numbers by which two models of the kind are compared: what they give for rows of tokens."""
+        return self(tokens_BT)
+
     @classmethod
     def head_sizes(cls, config: Any) -> HeadSizes:
         """Return the sizes of the heads of every attention."""

@@ -136,6 +136,10 @@ class EncoderDecoder(Decoder):
         memory = self.encode(source_BS, source_ids_BS)
         return self.head(self.features(tokens_BT, segment_ids_BT, memory=memory))
 
+    def probe(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Return the logits of rows that are source and target alike."""
+        return self(tokens_BT, tokens_BT)
+
     def start(
         self, source_BS: Int[Array, "B S"], source_ids_BS: Int[Array, "B S"] | None, capacity: int
     ) -> DecoderState:

@@ -14,6 +14,7 @@ MODELS: Registry[type[Model]] = Registry(
         "flash": "lin_jax.models.flash:Flash",
         "llama": "lin_jax.models.llama:Llama",
         "gpt2": "lin_jax.models.gpt2:Gpt2",
+        "bert": "lin_jax.models.bert:Bert",
         "t5": "lin_jax.models.t5:T5",
     },
 )
