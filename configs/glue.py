@@ -1,7 +1,8 @@
 """GLUE in the paper's setting: three epochs, rows of 256 tokens, batches of 32, AdamW, a linear decay without warmup.
 
     python train.py --config configs/glue.py:gpt2,sst2 --config.finetune.checkpoint=DIR
-    python train.py --config configs/glue.py:gpt2,mnli,augmented --config.finetune.checkpoint=DIR
+    python train.py --config configs/glue.py:bert,mnli,augmented --config.finetune.checkpoint=DIR
+    python train.py --config configs/glue.py:t5,rte,released_t5 --config.finetune.checkpoint=DIR
 
 The model, the task and the attention stand in any order; without an attention the model keeps softmax. DIR is a
 Hugging Face directory or a run of lin_jax, which gives the model's sizes, its parameters and its tokenizer; the head
@@ -16,18 +17,24 @@ from lin_jax.attentions.registry import ATTENTIONS, preset_attention, preset_nam
 from lin_jax.data.glue import GLUE
 from lin_jax.experiment import (
     AugmentedConfig,
+    BertConfig,
     CheckpointConfig,
     ClassificationFinetuneConfig,
     Config,
     DataConfig,
     Gpt2Config,
     OptimizerConfig,
+    T5Config,
     TrainConfig,
     require,
 )
 
-# Each with the way in which its tokens see each other.
-MODELS = {"gpt2": Gpt2Config(attention=AugmentedConfig(group_size=64))}
+# Each with the way in which its tokens see each other; T5 has three attentions, which are changed alike.
+MODELS = {
+    "gpt2": Gpt2Config(attention=AugmentedConfig(group_size=64)),
+    "bert": BertConfig(attention=AugmentedConfig(group_size=64, causal=False), masked_head=False),
+    "t5": T5Config(),
+}
 
 
 def get_config(variant: str = "gpt2,sst2") -> Config:
@@ -40,11 +47,12 @@ def get_config(variant: str = "gpt2,sst2") -> Config:
     unknown = [word for word in words if word not in (*MODELS, *GLUE, *attentions)]
     known = ", ".join([*MODELS, *GLUE, *dict.fromkeys(attentions)])
     require(not unknown, f"unknown {', '.join(unknown)}; there are {known}")
-    start = MODELS[model].attention
-    chosen = with_kind(start, attention) if attention in ATTENTIONS else preset_attention(start, attention)
+    change = with_kind if attention in ATTENTIONS else preset_attention
+    start = MODELS[model]
+    chosen = {field: change(getattr(start, field), attention) for field in start.attention_fields}
     return Config(
         workdir=f"runs/glue/{model}_{task}_{attention}",
-        model=dataclasses.replace(MODELS[model], attention=chosen),
+        model=dataclasses.replace(start, **chosen),
         data=DataConfig(
             source="glue",
             task=task,

@@ -11,7 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lin_jax.experiment import AugmentedConfig, Config, ConfigError, DataConfig, FinetuneConfig, Gpt2Config, LlamaConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    FinetuneConfig,
+    Gpt2Config,
+    LlamaConfig,
+    T5Config,
+)
 from lin_jax.settings.command_line import apply_overrides
 from lin_jax.settings.typed import annotations_of, shown
 
@@ -68,12 +77,14 @@ FINETUNED = Config(
 )
 # One needs examples with labels, and a model that has a head for them.
 LABELLED = Config(model=Gpt2Config(), data=DataConfig(source="glue"))
+# And one pairs of texts, and a model that reads one of them.
+PAIRS = Config(model=T5Config(), data=DataConfig(source="table", path=("x",), target_field="x"))
 
 
 def possible() -> dict[Any, tuple[str, Config]]:
     """Return each class of settings with the first place where it may stand, and settings in which it stands there."""
     found: dict[Any, tuple[str, Config]] = {}
-    for start in (Config(), FINETUNED, LABELLED):
+    for start in (Config(), FINETUNED, LABELLED, PAIRS):
         for kind, section, chosen in sections():
             with contextlib.suppress(ConfigError):  # Not every model takes every attention.
                 found.setdefault(kind, (section, apply_overrides(start, chosen)))

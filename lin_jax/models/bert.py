@@ -231,10 +231,8 @@ class Bert(Model):
     def head(self, x_BTC: Float[Array, "*batch C"]) -> Float[Array, "*batch V"]:
         """Return the logits of masked tokens, float32; needs `masked_head` in the config."""
         x_BTC = self.masked_head(x_BTC)
-        if self.config.tie_embeddings:
-            logits = x_BTC @ self.embedding[...].astype(x_BTC.dtype).T
-        else:
-            logits = self.logits(x_BTC)
+        tied = self.config.tie_embeddings
+        logits = x_BTC @ self.embedding[...].astype(x_BTC.dtype).T if tied else self.logits(x_BTC)
         return logits.astype(jnp.float32) + self.masked_head.bias[...].reshape((1,) * (x_BTC.ndim - 1) + (-1,))
 
     def classify(

@@ -12,13 +12,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {
     "flash110m": ["", "8xa100", "v5e-8"],
     "flash_enwik8": [""],
-    "glue": ["", "gpt2,sst2", "augmented,mnli,gpt2", "stsb", "longlora,wnli"],
+    "glue": ["", "gpt2,sst2", "augmented,mnli,gpt2", "stsb", "longlora,wnli", "bert,local", "t5,rte,released_t5"],
     "gpt2_wikitext2": ["", "finetune", "scratch", "small"],
     "llama2": ["", "7b", "13b", "lora", "8192", "8xh100", "8xh100,16384,lora,13b"],
     "medusa_llama2_7b": ["", "heads", "joint"],
     "medusa_stories260k": ["", "softmax", "augmented", "softmax,heads", "augmented,joint"],
     "quickstart": [""],
     "stories260k": ["", "finetune", "transfer"],
+    "t5_headings": ["", "augmented"],
+    "t5_summarize": ["", "augmented", "cross,augmented", "encoder,decoder,local", "released_t5"],
     "wikitext2_ablation": [""],
 }
 

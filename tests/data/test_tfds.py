@@ -80,7 +80,7 @@ def test_errors(directory, settings, message):
 
 
 def test_a_field_that_is_not_text(directory):
-    with pytest.raises(ConfigError, match=r"tiny_texts example \d+: data\.text_field=label is not text"):
+    with pytest.raises(ConfigError, match=r"tiny_texts example \d+: the field label is not text"):
         read(directory, "train", text_field="label")
 
 
