@@ -16,7 +16,7 @@ from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.beams import BeamSearch
 from lin_jax.decode.generate import Generator
 from lin_jax.decode.running_text import RunningText
-from lin_jax.models.base import Decoder
+from lin_jax.models.base import Model, require_next_tokens
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.settings.base import require
 from lin_jax.settings.generate import GenerateConfig, SamplingConfig
@@ -49,12 +49,13 @@ class Continuation(NamedTuple):
 class TextGenerator:
     """A model with its tokenizer, prepared to continue texts, or to write targets where it reads sources."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, heads: MedusaHeads | None = None):
+    def __init__(self, model: Model, tokenizer: Tokenizer, config: GenerateConfig, heads: MedusaHeads | None = None):
         """Check what is asked for; Medusa heads are the model's own unless they are given.
 
         Raises:
             ConfigError: the settings do not fit the model, its heads or its tokenizer.
         """
+        require_next_tokens(model, of_sources=True)
         self.tokenizer, self.config = tokenizer, config
         self._ends = frozenset(stop_ids(tokenizer, config))
         heads = model.medusa if heads is None else heads
@@ -164,7 +165,7 @@ class TextGenerator:
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

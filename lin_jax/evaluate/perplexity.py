@@ -25,6 +25,7 @@ from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.memory import require_memory
 from lin_jax.experiment import Config
 from lin_jax.layers.partition import Partition
+from lin_jax.models.base import Model, require_next_tokens
 from lin_jax.settings.base import require
 from lin_jax.settings.data import DataConfig
 from lin_jax.tasks.loss import LossSums, chunked_loss
@@ -73,7 +74,7 @@ class Perplexity:
 
 
 def evaluate_run(
-    model: nnx.Module,
+    model: Model,
     tokenizer: Tokenizer,
     config: Config,
     *,
@@ -96,6 +97,7 @@ def evaluate_run(
     Raises:
         ConfigError: the settings or the data are wrong.
     """
+    require_next_tokens(model)
     require(config.model.attention.causal, "a model with model.attention.causal=false predicts no next token")
     # A window of any length stays whole.
     partition = make_partition(dataclasses.replace(config.mesh, rules=(*config.mesh.rules, "tokens=")))

@@ -18,6 +18,7 @@ from lin_jax.decode.generate import Generated, Generator, Progress, read_rows
 from lin_jax.decode.text import stop_ids
 from lin_jax.evaluate.direct import DirectIntegration
 from lin_jax.evaluate.parts import time_parts
+from lin_jax.models.base import require_next_tokens
 from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.registry import create_model
 from lin_jax.settings.base import ConfigError, require
@@ -163,6 +164,7 @@ def compare_attentions(
 
     Only the attention is changed: parameters and heads are the model's, however well they suit it.
     """
+    require_next_tokens(model)
     stops = sorted(set(stop_ids(tokenizer, config)))
     own = model.config.attention.kind
     models = {name: with_attention(model, name) for name in names} or {own: model}

@@ -95,6 +95,7 @@ class Model(nnx.Module):
             else may lack: the head, and what stands before it.
         has_token_types: whether it tells the texts of a pair apart by `token_types_BT`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
+        medusa: Medusa heads where `lin_jax.load` found some beside the model.
         reads_source: whether it reads a source, another row of tokens, beside those that it predicts; see
             `lin_jax.models.encoder_decoder.EncoderDecoder`.
     """
@@ -109,6 +110,7 @@ class Model(nnx.Module):
     plain_scores: ClassVar[bool] = True
     reads_source: ClassVar[bool] = False
     config: Any
+    medusa: Any = None
 
     def probe(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T X"]:
         """Return numbers by which two models of the kind are compared: what they give for rows of tokens."""
@@ -294,13 +296,12 @@ class DecoderState:
 class Decoder(Model):
     """A model of the next token: `embed`, stacked or single `layers`, `norm` and `head`.
 
-    It decodes with the layers' states. `medusa` holds Medusa heads where `lin_jax.load` found some. Layers are run one
-    after another when it decodes: their states then stay where they are, and are not copied in and out of a stack.
+    It decodes with the layers' states. Layers are run one after another when it decodes: their states then stay where
+    they are, and are not copied in and out of a stack.
     """
 
     layers: Any
     norm: Any
-    medusa: Any = None
 
     @abc.abstractmethod
     def begin(
@@ -449,6 +450,13 @@ class Decoder(Model):
         """Return a state whose rows are these rows of another; a row stands for one with the same source, if any."""
         pairs = zip(self._without_parameters(), state.layers, strict=True)
         return DecoderState(tuple(layer.take(of_layer, row_B) for layer, of_layer in pairs), state.length_B[row_B])
+
+
+def require_next_tokens(model: Model, *, of_sources: bool = False) -> None:
+    """Raise `ConfigError` unless a model predicts the next token of its rows, or with `of_sources` also of targets."""
+    architecture = model.config.architecture
+    require(isinstance(model, Decoder), f"a {architecture} reads whole texts, and predicts no next token")
+    require(of_sources or not model.reads_source, f"a {architecture} reads a source, and has no text of its own")
 
 
 def unstacked(model: Decoder) -> Decoder:
