@@ -13,6 +13,7 @@ import numpy as np
 
 from lin_jax.experiment import (
     AugmentedConfig,
+    BertConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -77,6 +78,8 @@ FINETUNED = Config(
 )
 # One needs examples with labels, and a model that has a head for them.
 LABELLED = Config(model=Gpt2Config(), data=DataConfig(source="glue"))
+# Models of whole texts have other attention, and read short rows.
+WHOLE = Config(model=BertConfig(), data=DataConfig(sequence_length=512))
 # And one pairs of texts, and a model that reads one of them.
 PAIRS = Config(model=T5Config(), data=DataConfig(source="table", path=("x",), target_field="x"))
 
@@ -84,7 +87,7 @@ PAIRS = Config(model=T5Config(), data=DataConfig(source="table", path=("x",), ta
 def possible() -> dict[Any, tuple[str, Config]]:
     """Return each class of settings with the first place where it may stand, and settings in which it stands there."""
     found: dict[Any, tuple[str, Config]] = {}
-    for start in (Config(), FINETUNED, LABELLED, PAIRS):
+    for start in (Config(), FINETUNED, LABELLED, WHOLE, PAIRS):
         for kind, section, chosen in sections():
             with contextlib.suppress(ConfigError):  # Not every model takes every attention.
                 found.setdefault(kind, (section, apply_overrides(start, chosen)))

@@ -61,7 +61,7 @@ def conversion_of(config: ModelConfig) -> Conversion:
     """Return what knows the names of a model; raises `ConfigError` where Hugging Face has no such model."""
     found = _conversions().get(config.architecture)
     if found is None:
-        known = " and ".join(_conversions())
+        known = ", ".join(_conversions())
         raise ConfigError(f"only {known} models have Hugging Face's form, but this is a {config.architecture} model")
     return found
 

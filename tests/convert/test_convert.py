@@ -423,7 +423,7 @@ def test_hugging_face_has_no_flash(tmp_path, capsys):
     arrays = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes_of(config).items()}
     save_model(str(tmp_path / "flash"), nested(arrays), Config(model=config), BytesTokenizer())
     assert convert(tmp_path / "flash", tmp_path / "out", "--to", "hf") == 2
-    assert_refused(capsys, "only llama and gpt2 models have Hugging Face's form, but this is a flash model")
+    assert_refused(capsys, "only llama, gpt2, bert, t5 models have Hugging Face's form, but this is a flash model")
 
 
 class Trap:
