@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jaxtyping import Array
 
 from lin_jax.layers.partition import WHOLE, Partition
 
@@ -31,6 +32,7 @@ def run_layers(
     remat: str = "none",
     kinds: Sequence[Any] | None = None,
     partition: Partition = WHOLE,
+    dropout_key: Array | None = None,
 ) -> Carry:
     """Return x after all layers in turn, each called as `layer(x, *shared)`.
 
@@ -42,15 +44,21 @@ def run_layers(
             parameters).
         kinds: a kind for each layer, which is then `layer.of_kind(kind)`. Neighbours of one kind run as one scan.
         partition: how the features that go from layer to layer are cut.
+        dropout_key: layers are called with `dropout_key`, each with another; None: without.
     """
     graph, arrays = nnx.split(layers)
+    if dropout_key is not None:
+        keys = jax.random.split(dropout_key, jax.tree.leaves(arrays)[0].shape[0])
+        arrays = (arrays, keys)
 
     def rows(x):
         return partition.constrain(x, *("batch", "tokens", None)[: x.ndim])
 
     def step(x, layer_arrays, shared, kind):
+        layer_arrays, key = layer_arrays if dropout_key is not None else (layer_arrays, None)
         layer = nnx.merge(graph, layer_arrays)
-        return jax.tree.map(rows, (layer if kind is None else layer.of_kind(kind))(x, *shared))
+        options = {} if key is None else {"dropout_key": key}
+        return jax.tree.map(rows, (layer if kind is None else layer.of_kind(kind))(x, *shared, **options))
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], static_argnums=3)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attentions.base import Attention, AttentionConfig, HeadSizes, Scoring
 from lin_jax.attentions.registry import ATTENTIONS, attention_of_kind
+from lin_jax.layers.dropout import dropout
 from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rows import Rows
@@ -217,7 +218,7 @@ class ResidualLayer(Layer):
 
     @abc.abstractmethod
     def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """Return x with what the feed-forward layer adds."""
+        """Return x with what the feed-forward layer adds; of models with dropout also given a `dropout_key`."""
 
     def scoring(self, *shared: Any) -> Scoring | None:
         """Return how keys are scored; None leaves it to the kind of attention."""
@@ -236,9 +237,16 @@ class ResidualLayer(Layer):
         other.holder().mixing = mixing
         return other
 
-    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
-        """Apply the layer to whole rows."""
-        return self.feed(x_BTC + self.attend(x_BTC, rows, *shared))
+    def __call__(
+        self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any, dropout_key: Array | None = None
+    ) -> Float[Array, "B T C"]:
+        """Apply the layer to whole rows; only layers of models with dropout are called with a key of it."""
+        added_BTC = self.attend(x_BTC, rows, *shared)
+        if dropout_key is None:
+            return self.feed(x_BTC + added_BTC)
+        of_attention, of_feed = jax.random.split(dropout_key)
+        added_BTC = dropout(added_BTC, self.config.dropout, of_attention)
+        return self.feed(x_BTC + added_BTC, dropout_key=of_feed)  # type: ignore[call-arg]
 
     def attend(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
         """Return what the attention adds."""
@@ -333,6 +341,8 @@ class Decoder(Model):
         tokens_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
         partition: Partition = WHOLE,
+        *,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B T C"]:
         """Return what the head reads, in the compute type.
 
@@ -340,12 +350,16 @@ class Decoder(Model):
             tokens_BT: token ids.
             segment_ids_BT: every run of equal ids is a sequence of its own, 0 is padding; None: a row is a sequence.
             partition: how rows, heads and vocabulary are cut over devices.
+            dropout_key: of what is dropped, for models that have dropout; None: nothing is.
 
         Raises:
             ConfigError: T exceeds the positions that the model knows.
         """
         x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
         options: dict[str, Any] = {"remat": self.config.remat, "kinds": self.layer_kinds, "partition": partition}
+        if dropout_key is not None:
+            of_embedding, options["dropout_key"] = jax.random.split(dropout_key)
+            x_BTC = dropout(x_BTC, self.config.dropout, of_embedding)
         return self.norm(run_layers(self.layers, x_BTC, *shared, **options))
 
     def __call__(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attentions.augmented import AugmentedConfig
 from lin_jax.attentions.base import AttentionConfig, HeadSizes
 from lin_jax.attentions.registry import ATTENTIONS, check_attention, make_attention
+from lin_jax.layers.dropout import DROPOUT_DOC, check_dropout, dropout, split_key
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
@@ -63,6 +64,7 @@ class BertConfig(ModelConfig):
     masked_head: bool = setting(True, "a head that predicts masked tokens")
     next_sentence: bool = setting(False, "BERT's second head of pretraining, which is kept and not used")
     tie_embeddings: bool = setting(True, "the head of masked tokens shares the embedding's matrix")
+    dropout: float = setting(0.0, DROPOUT_DOC)
     labels: int = setting(0, LABELS_DOC, most=2**20)
     label_names: tuple[str, ...] = setting((), LABEL_NAMES_DOC)
     attention: AttentionConfig = variants(_both_ways, ATTENTIONS, "the attention of every layer")
@@ -74,6 +76,7 @@ class BertConfig(ModelConfig):
         require_positive(self, "vocabulary_size", "width", "depth", "heads", "feed_forward_size", "positions")
         require_positive(self, "token_types", "norm_epsilon")
         check_labels(self)
+        check_dropout(self.dropout)
         require(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
         require(self.pooler or not self.labels, "labels need a pooler: set pooler=True")
         require(self.pooler or not self.next_sentence, "next_sentence needs a pooler: set pooler=True")
@@ -118,10 +121,11 @@ class BertLayer(ResidualLayer):
         """Return what the attention adds."""
         return self.output(y_BTHE.reshape(*y_BTHE.shape[:2], -1))
 
-    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def feed(self, x_BTC: Float[Array, "B T C"], dropout_key: Array | None = None) -> Float[Array, "B T C"]:
         """Return the layer's output, of its input with what the attention adds."""
         x_BTC = self.attention_norm(x_BTC)
-        return self.feed_forward_norm(x_BTC + self.down(ACTIVATIONS[self.config.activation](self.up(x_BTC))))
+        added_BTC = self.down(ACTIVATIONS[self.config.activation](self.up(x_BTC)))
+        return self.feed_forward_norm(x_BTC + dropout(added_BTC, self.config.dropout, dropout_key))
 
     @property
     def sizes(self) -> HeadSizes:
@@ -195,6 +199,7 @@ class Bert(Model):
         partition: Partition = WHOLE,
         *,
         token_types_BT: Int[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B T C"]:
         """Return the features of all tokens, in the compute type.
 
@@ -204,6 +209,7 @@ class Bert(Model):
                 numbers; None: a row is a sequence.
             partition: how rows, heads and vocabulary are cut over devices.
             token_types_BT: 0 for the first text of a pair, 1 for the second; None: all are 0.
+            dropout_key: of what is dropped; None: nothing is.
 
         Raises:
             ConfigError: T exceeds the positions that the model knows.
@@ -213,7 +219,10 @@ class Bert(Model):
         rows = place(segment_ids_BT, (B, T), partition, heads="heads")
         x_BTC = self.embed(tokens_BT, rows.position_BT, token_types_BT, partition)
         kinds = config.attention.kinds(config.depth)
-        return run_layers(self.layers, x_BTC, rows, remat=config.remat, kinds=kinds, partition=partition)
+        of_embedding, of_layers = split_key(dropout_key, 2)
+        x_BTC = dropout(x_BTC, config.dropout, of_embedding)
+        options: dict[str, Any] = {"remat": config.remat, "kinds": kinds, "partition": partition}
+        return run_layers(self.layers, x_BTC, rows, dropout_key=of_layers, **options)
 
     def embed(
         self,
@@ -242,11 +251,14 @@ class Bert(Model):
         partition: Partition = WHOLE,
         *,
         token_types_BT: Int[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B labels"]:
         """Return logits of the classes of each row, read from its first real token; needs `labels` in the config."""
-        x_BTC = self.features(tokens_BT, segment_ids_BT, partition, token_types_BT=token_types_BT)
+        of_features, of_head = split_key(dropout_key, 2)
+        options = {"token_types_BT": token_types_BT, "dropout_key": of_features}
+        x_BTC = self.features(tokens_BT, segment_ids_BT, partition, **options)
         pooled_BC = jnp.tanh(self.pooler(first_features(x_BTC, segment_ids_BT)))
-        return self.score(pooled_BC).astype(jnp.float32)
+        return self.score(dropout(pooled_BC, self.config.dropout, of_head)).astype(jnp.float32)
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None

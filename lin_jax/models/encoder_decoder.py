@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lin_jax.layers.dropout import dropout, split_key
 from lin_jax.layers.partition import WHOLE, Partition
 from lin_jax.layers.rows import Rows
 from lin_jax.layers.stack import run_layers
@@ -87,6 +88,8 @@ class EncoderDecoder(Decoder):
         source_BS: Int[Array, "B S"],
         source_ids_BS: Int[Array, "B S"] | None = None,
         partition: Partition = WHOLE,
+        *,
+        dropout_key: Array | None = None,
     ) -> Memory:
         """Return what the decoder reads of the sources.
 
@@ -94,11 +97,18 @@ class EncoderDecoder(Decoder):
             source_BS: token ids.
             source_ids_BS: 0 for padding, which may stand anywhere and changes nothing; None: there is none.
             partition: how rows, heads and vocabulary are cut over devices.
+            dropout_key: of what is dropped; None: nothing is.
         """
         ids_BS = None if source_ids_BS is None else (source_ids_BS != 0).astype(jnp.int32)
         x_BSC, rows, *shared = self.begin_source(source_BS, ids_BS, partition)
         options: dict[str, Any] = {"remat": self.config.remat, "kinds": self.encoder_kinds, "partition": partition}
-        return Memory(self.encoder_norm(run_layers(self.encoder_layers, x_BSC, rows, *shared, **options)), rows)
+        of_embedding, of_layers, of_output = split_key(dropout_key, 3)
+        x_BSC = self._drop(x_BSC, of_embedding)
+        x_BSC = run_layers(self.encoder_layers, x_BSC, rows, *shared, dropout_key=of_layers, **options)
+        return Memory(self._drop(self.encoder_norm(x_BSC), of_output), rows)
+
+    def _drop(self, x: Array, key: Array | None) -> Array:
+        return x if key is None else dropout(x, self.config.dropout, key)
 
     def features(
         self,
@@ -107,6 +117,7 @@ class EncoderDecoder(Decoder):
         partition: Partition = WHOLE,
         *,
         memory: Memory | None = None,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B T C"]:
         """Return what the head reads, in the compute type.
 
@@ -115,6 +126,7 @@ class EncoderDecoder(Decoder):
             segment_ids_BT: 0 for padding; None: there is none.
             partition: how rows, heads and vocabulary are cut over devices.
             memory: of the sources, from `encode`.
+            dropout_key: of what is dropped; None: nothing is.
 
         Raises:
             ConfigError: there is no memory.
@@ -123,7 +135,10 @@ class EncoderDecoder(Decoder):
             raise ConfigError(f"{self.config.architecture} reads a source: give features() the memory of encode()")
         x_BTC, *shared = self.begin(tokens_BT, segment_ids_BT, partition)
         options: dict[str, Any] = {"remat": self.config.remat, "kinds": self.layer_kinds, "partition": partition}
-        return self.norm(run_layers(self.layers, x_BTC, *shared, memory, **options))
+        of_embedding, of_layers, of_output = split_key(dropout_key, 3)
+        x_BTC = self._drop(x_BTC, of_embedding)
+        x_BTC = run_layers(self.layers, x_BTC, *shared, memory, dropout_key=of_layers, **options)
+        return self._drop(self.norm(x_BTC), of_output)
 
     def __call__(  # type: ignore[override]
         self,

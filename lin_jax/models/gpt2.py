@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attentions.augmented import paper_attention
 from lin_jax.attentions.base import AttentionConfig, HeadSizes
 from lin_jax.attentions.registry import ATTENTIONS, check_attention, make_attention
+from lin_jax.layers.dropout import DROPOUT_DOC, check_dropout, dropout
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import LayerNorm
@@ -47,6 +48,7 @@ class Gpt2Config(ModelConfig):
     positions: int = setting(1024, "learned positions, and so tokens in the longest row", most=2**24)
     norm_epsilon: float = setting(1e-5, "added to the variance in norms")
     tie_embeddings: bool = setting(True, "the head shares the embedding's matrix")
+    dropout: float = setting(0.0, DROPOUT_DOC)
     labels: int = setting(0, LABELS_DOC, most=2**20)
     label_names: tuple[str, ...] = setting((), LABEL_NAMES_DOC)
     attention: AttentionConfig = variants(paper_attention, ATTENTIONS, "the attention of every layer")
@@ -57,6 +59,7 @@ class Gpt2Config(ModelConfig):
         require_positive(self, "vocabulary_size", "width", "depth", "heads", "feed_forward_size", "positions")
         require_positive(self, "norm_epsilon")
         check_labels(self)
+        check_dropout(self.dropout)
         require(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
         check_attention(self.attention, self.depth, self.architecture)
 
@@ -98,11 +101,11 @@ class Gpt2Layer(ResidualLayer):
         """Return what the attention adds."""
         return self.output(y_BTHE.reshape(*y_BTHE.shape[:2], -1))
 
-    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def feed(self, x_BTC: Float[Array, "B T C"], dropout_key: Array | None = None) -> Float[Array, "B T C"]:
         """Return x with what the feed-forward layer adds."""
         # gelu_new is the approximation by tanh.
         wide_BTF = jax.nn.gelu(self.up(self.feed_forward_norm(x_BTC)), approximate=True)
-        return x_BTC + self.down(wide_BTF)
+        return x_BTC + dropout(self.down(wide_BTF), self.config.dropout, dropout_key)
 
     @property
     def sizes(self) -> HeadSizes:
@@ -169,9 +172,11 @@ class Gpt2(Decoder):
         tokens_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
         partition: Partition = WHOLE,
+        *,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B labels"]:
         """Return logits of the classes of each row, read from its last real token; needs `labels` in the config."""
-        x_BTC = self.features(tokens_BT, segment_ids_BT, partition)
+        x_BTC = self.features(tokens_BT, segment_ids_BT, partition, dropout_key=dropout_key)
         B, T = tokens_BT.shape
         real_BT = jnp.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT != 0
         last_B = T - 1 - jnp.argmax(real_BT[:, ::-1], axis=1)

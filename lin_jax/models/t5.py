@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attentions.augmented import AugmentedConfig, paper_attention
 from lin_jax.attentions.base import AttentionConfig, HeadSizes, Scoring
 from lin_jax.attentions.registry import ATTENTIONS, attention_of_kind, check_attention, make_attention
+from lin_jax.layers.dropout import DROPOUT_DOC, check_dropout, dropout, split_key
 from lin_jax.layers.embedding import look_up
 from lin_jax.layers.linear import Linear
 from lin_jax.layers.norms import RMSNorm
@@ -57,6 +58,7 @@ class T5Config(ModelConfig):
     tie_embeddings: bool = setting(True, "the head shares the embedding's matrix, as in v1.0")
     scale_head: bool = setting(True, "divide what the head reads by sqrt(width), as v1.0 does")
     start_token: int = setting(0, "token before a target's first one; T5's is its padding")
+    dropout: float = setting(0.0, DROPOUT_DOC)
     labels: int = setting(0, LABELS_DOC, most=2**20)
     label_names: tuple[str, ...] = setting((), LABEL_NAMES_DOC)
     attention: AttentionConfig = variants(paper_attention, ATTENTIONS, "the attention of the decoder to its own tokens")
@@ -73,6 +75,7 @@ class T5Config(ModelConfig):
         require_positive(self, "feed_forward_size", "norm_epsilon")
         require_at_least_zero(self, "start_token")
         check_labels(self)
+        check_dropout(self.dropout)
         require(
             self.start_token < self.vocabulary_size,
             f"start_token={self.start_token} is no token of vocabulary_size={self.vocabulary_size}",
@@ -136,18 +139,21 @@ class T5FeedForward(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         C, F = config.width, config.feed_forward_size
         options: dict[str, Any] = {"bias": False, "roles": ("feed_forward",), "rngs": rngs}
-        self.gated = config.feed_forward == "gated_gelu"
+        self.gated, self.rate = config.feed_forward == "gated_gelu", config.dropout
         if self.gated:
             self.gate = Linear(C, F, ("width", "feed_forward"), deviation=C**-0.5, **options)
         self.up = Linear(C, F, ("width", "feed_forward"), deviation=C**-0.5, **options)
         self.down = Linear(F, C, ("feed_forward", "width"), deviation=F**-0.5, **options)
 
-    def __call__(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def __call__(self, x_BTC: Float[Array, "B T C"], dropout_key: Array | None = None) -> Float[Array, "B T C"]:
         """Apply the layer."""
+        of_inner, of_output = split_key(dropout_key, 2)
         if self.gated:
             # gelu_new is the approximation by tanh.
-            return self.down(jax.nn.gelu(self.gate(x_BTC), approximate=True) * self.up(x_BTC))
-        return self.down(jax.nn.relu(self.up(x_BTC)))
+            wide_BTF = jax.nn.gelu(self.gate(x_BTC), approximate=True) * self.up(x_BTC)
+        else:
+            wide_BTF = jax.nn.relu(self.up(x_BTC))
+        return dropout(self.down(dropout(wide_BTF, self.rate, of_inner)), self.rate, of_output)
 
 
 class T5EncoderLayer(ResidualLayer):
@@ -181,9 +187,9 @@ class T5EncoderLayer(ResidualLayer):
         """Return what the attention adds."""
         return self.attention.join(y_BTHE)
 
-    def feed(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def feed(self, x_BTC: Float[Array, "B T C"], dropout_key: Array | None = None) -> Float[Array, "B T C"]:
         """Return x with what the feed-forward layer adds."""
-        return x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
+        return x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC), dropout_key)
 
     @property
     def sizes(self) -> HeadSizes:
@@ -216,10 +222,13 @@ class T5DecoderLayer(T5EncoderLayer, MemoryLayer):
         other.cross.mixing = mixing
         return other
 
-    def __call__(self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any) -> Float[Array, "B T C"]:
+    def __call__(
+        self, x_BTC: Float[Array, "B T C"], rows: Rows, *shared: Any, dropout_key: Array | None = None
+    ) -> Float[Array, "B T C"]:
         """Apply the layer to whole rows; what it is told is the bias, and the memory."""
-        x_BTC = x_BTC + self.attend(x_BTC, rows, *shared)
-        return self.feed(x_BTC + self.read(x_BTC, rows, shared[1]))
+        rate, (of_attention, of_cross, of_feed) = self.config.dropout, split_key(dropout_key, 3)
+        x_BTC = x_BTC + dropout(self.attend(x_BTC, rows, *shared), rate, of_attention)
+        return self.feed(x_BTC + dropout(self.read(x_BTC, rows, shared[1]), rate, of_cross), of_feed)
 
     def read(self, x_BTC: Float[Array, "B T C"], rows: Rows, memory: Memory) -> Float[Array, "B T C"]:
         """Return what attention to the source adds in whole rows."""
@@ -275,12 +284,15 @@ class T5ClassHead(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         C = config.width
         options: dict[str, Any] = {"deviation": 0.05, "roles": ("head",), "rngs": rngs}
+        self.rate = config.dropout
         self.dense = Linear(C, C, ("width", None), **options)
         self.score = Linear(C, config.labels, ("width", None), **options)
 
-    def __call__(self, x_BC: Float[Array, "B C"]) -> Float[Array, "B labels"]:
+    def __call__(self, x_BC: Float[Array, "B C"], dropout_key: Array | None = None) -> Float[Array, "B labels"]:
         """Return the logits of the classes."""
-        return self.score(jnp.tanh(self.dense(x_BC))).astype(jnp.float32)
+        of_input, of_inner = split_key(dropout_key, 2)
+        inner_BC = jnp.tanh(self.dense(dropout(x_BC, self.rate, of_input)))
+        return self.score(dropout(inner_BC, self.rate, of_inner)).astype(jnp.float32)
 
 
 class T5(EncoderDecoder):
@@ -379,19 +391,22 @@ class T5(EncoderDecoder):
         tokens_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
         partition: Partition = WHOLE,
+        *,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B labels"]:
         """Return logits of the classes of each row, as transformers' T5ForSequenceClassification does.
 
         The row is the source and the target too, and its last real token, which ends the text, is read. Needs `labels`
         in the config.
         """
-        memory = self.encode(tokens_BT, segment_ids_BT, partition)
+        of_source, of_target, of_head = split_key(dropout_key, 3)
+        memory = self.encode(tokens_BT, segment_ids_BT, partition, dropout_key=of_source)
         target_BT = shift_right(tokens_BT, segment_ids_BT, self.config.start_token)
-        x_BTC = self.features(target_BT, segment_ids_BT, partition, memory=memory)
+        x_BTC = self.features(target_BT, segment_ids_BT, partition, memory=memory, dropout_key=of_target)
         B, T = tokens_BT.shape
         real_BT = jnp.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT != 0
         last_B = T - 1 - jnp.argmax(real_BT[:, ::-1], axis=1)
-        return self.classes(x_BTC[jnp.arange(B), last_B])
+        return self.classes(x_BTC[jnp.arange(B), last_B], of_head)
 
     @classmethod
     def head_sizes(cls, config: T5Config) -> HeadSizes:
