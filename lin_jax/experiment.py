@@ -39,6 +39,7 @@ from lin_jax.settings.optimizer import OptimizerConfig as OptimizerConfig
 from lin_jax.settings.train import TrainConfig as TrainConfig
 from lin_jax.settings.typed import Settings, shown
 from lin_jax.tasks.classification import ClassificationFinetuneConfig as ClassificationFinetuneConfig
+from lin_jax.tasks.masked import MaskedFinetuneConfig as MaskedFinetuneConfig
 from lin_jax.tasks.medusa import MedusaFinetuneConfig as MedusaFinetuneConfig
 from lin_jax.tasks.registry import TASKS, task_of
 from lin_jax.tasks.seq2seq import Seq2seqFinetuneConfig as Seq2seqFinetuneConfig

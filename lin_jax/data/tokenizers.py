@@ -42,6 +42,8 @@ _WHOLE_SETS = ((_LIBRARY_FILE,), *_GPT2_FILES, *((name,) for name in ("tokenizer
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 # How byte fallback spells bytes, which no merge takes up.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+# How sentencepiece and byte-level tokenizers spell a space.
+_SPACES = ("\u2581", "\u0120")
 # Most characters that are cut off to see whether a border is still one.
 _LARGEST_MARGIN = 256
 # Texts that are tried to see what a tokenizer puts before one.
@@ -120,6 +122,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of a token, special or not, by its name in the vocabulary; None where there is none."""
+
+    def word_beginnings(self) -> np.ndarray:
+        """Return for each token whether a word begins with it, by how tokens are spelled, bool [V].
+
+        Raises:
+            ConfigError: that does not tell.
+        """
+        raise ConfigError("the tokenizer does not mark where words begin: set finetune.whole_words=False")
 
     def is_fallback_byte(self, token: int) -> bool:
         """Return whether a token is a byte whose neighbours, if they are bytes too, decide what it decodes to.
@@ -289,6 +299,15 @@ class LibraryTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, such as </s>."""
         return self._backend.token_to_id(token)
+
+    def word_beginnings(self) -> np.ndarray:
+        """Return what the marks tell: ## at what continues a word, or a space at what begins one."""
+        names = [self._backend.id_to_token(token) or "" for token in range(self.vocabulary_size)]
+        prefix = getattr(self._backend.model, "continuing_subword_prefix", None)
+        if prefix:
+            return np.array([not name.startswith(prefix) for name in names])
+        space = next((mark for mark in _SPACES if any(name.startswith(mark) for name in names)), None)
+        return super().word_beginnings() if space is None else np.array([name.startswith(space) for name in names])
 
     def is_fallback_byte(self, token: int) -> bool:
         """Return whether a token is a byte, such as <0xE7>, or no token at all, which decoding leaves out of a run."""

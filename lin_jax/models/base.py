@@ -94,6 +94,7 @@ class Model(nnx.Module):
         can_classify: whether it has `classify`, where its settings say `labels`.
         classifier: the first parts of the paths of what `classify` needs and a model that was trained to do something
             else may lack: the head, and what stands before it.
+        predicts_masked: whether it has a head for masked tokens, where its settings say `masked_head`.
         has_token_types: whether it tells the texts of a pair apart by `token_types_BT`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
         medusa: Medusa heads where `lin_jax.load` found some beside the model.
@@ -107,6 +108,7 @@ class Model(nnx.Module):
     has_softmax_form: ClassVar[bool] = False
     can_classify: ClassVar[bool] = False
     classifier: ClassVar[tuple[str, ...]] = ()
+    predicts_masked: ClassVar[bool] = False
     has_token_types: ClassVar[bool] = False
     plain_scores: ClassVar[bool] = True
     reads_source: ClassVar[bool] = False

@@ -164,7 +164,7 @@ class Bert(Model):
     settings = BertConfig
     cut_sizes: ClassVar[dict[str, tuple[str, ...]]] = {"heads": ("heads",), "feed_forward": ("feed_forward_size",)}
     conversion = "lin_jax.convert.bert:CONVERSION"
-    can_classify = has_token_types = True
+    can_classify = has_token_types = predicts_masked = True
     classifier = ("pooler", "score")
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):

@@ -9,6 +9,7 @@ TASKS: Registry[type[Task]] = Registry(
     {
         "language_model": "lin_jax.tasks.language_model:LanguageModelling",
         "attention_transfer": "lin_jax.tasks.transfer:AttentionTransfer",
+        "masked_language_model": "lin_jax.tasks.masked:MaskedLanguageModelling",
         "classification": "lin_jax.tasks.classification:Classification",
         "medusa": "lin_jax.tasks.medusa:MedusaTraining",
         "seq2seq": "lin_jax.tasks.seq2seq:SequenceToSequence",

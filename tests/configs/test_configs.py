@@ -10,6 +10,7 @@ from lin_jax.settings.config_file import call_get_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {
+    "bert_mlm": ["", "softmax", "local_grouped"],
     "flash110m": ["", "8xa100", "v5e-8"],
     "flash_enwik8": [""],
     "glue": ["", "gpt2,sst2", "augmented,mnli,gpt2", "stsb", "longlora,wnli", "bert,local", "t5,rte,released_t5"],
