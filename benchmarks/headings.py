@@ -61,7 +61,7 @@ def trained(variant: str, pairs: Path, output: Path, overrides: Sequence[str]) -
     files = [f"--config.data.path={pairs / 'train.jsonl'}", f"--config.data.validation_path={pairs / 'valid.jsonl'}"]
     start, end = output / f"{variant}_start", output / variant
     still = ["--config.train.steps=1", "--config.train.epochs=0", "--config.optimizer.warmup_steps=0"]
-    still += ["--config.optimizer.peak_learning_rate=1e-12", "--config.finetune.rouge_examples=0"]
+    still += ["--config.optimizer.peak_learning_rate=1e-12", "--config.finetune.generated_examples=0"]
     for directory, own in ((start, still), (end, [])):
         if not (directory / "headings.done").exists():
             config = [f"--config={CONFIG}:{variant}", f"--config.workdir={directory}"]

@@ -54,6 +54,6 @@ def get_config(variant: str = "softmax") -> Config:
         ),
         optimizer=OptimizerConfig(peak_learning_rate=1e-3, schedule="cosine", warmup_steps=100),
         train=TrainConfig(epochs=12.0, evaluate_every=500, evaluate_batches=0, log_every=50),
-        finetune=Seq2seqFinetuneConfig(rouge_examples=200),
+        finetune=Seq2seqFinetuneConfig(generated_examples=200),
         checkpoint=CheckpointConfig(every=250),
     )

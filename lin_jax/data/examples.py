@@ -175,13 +175,19 @@ def open_examples(config: DataConfig, split: str) -> Examples:
 def open_pairs(config: DataConfig, split: str) -> "Examples | TfdsPairs":
     """Return the sources and targets of a split, as the first and the second texts of examples without labels.
 
+    Of GLUE they are what T5 was trained with: the task's name, and each text behind its own name; and the name of the
+    class, or the number in steps of a fifth (Raffel et al., 2020, appendix D).
+
     Args:
-        config: the data: tables, whose columns are `text_field` and `target_field`, or a prepared TensorFlow dataset.
-        split: "train", "" for validation, or "test" for the files of `test_path`.
+        config: the data: GLUE, tables, whose columns are `text_field` and `target_field`, or a prepared TensorFlow
+            dataset.
+        split: "train", a name of `validation_names`, or "test" for the files of `test_path`.
 
     Raises:
         ConfigError: they are not there, damaged, or none; with the file and the line.
     """
+    if config.source == "glue":
+        return _as_texts(open_examples(config, split), GLUE[config.task], config.task)
     require(bool(config.target_field), "data.target_field is empty: name the column of what is to be written")
     if config.source == "tfds":
         from lin_jax.data.tfds_source import tfds_pairs
@@ -190,6 +196,17 @@ def open_pairs(config: DataConfig, split: str) -> "Examples | TfdsPairs":
     found = _open_table(dataclasses.replace(config, second_field=config.target_field, label_field=""), split)
     require(len(found) > 0, f"{found.name} has no examples; give others")
     return found
+
+
+def _as_texts(examples: Examples, glue: GlueTask, name: str) -> Examples:
+    columns = dict(zip(glue.tfds_texts, filter(None, (examples.first, examples.second)), strict=True))
+    parts = [[f"{field}: {text}" for text in columns[field]] for field in sorted(columns)]
+    sources = [" ".join((name, *texts)) for texts in zip(*parts, strict=True)]
+    if glue.classes:
+        targets = [glue.classes[label] for label in examples.classes(glue.classes, glue.values)]
+    else:
+        targets = [f"{round(5 * float(number)) / 5:.1f}" for number in examples.numbers()]
+    return Examples(examples.name, sources, targets, None, examples.lines)
 
 
 def _labels_of(examples: Examples) -> Sequence[str]:

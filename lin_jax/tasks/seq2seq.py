@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from lin_jax.data.checks import check_fits
-from lin_jax.data.examples import TRAIN, Examples, open_pairs
+from lin_jax.data.examples import TRAIN, Examples, glue_task, open_pairs, validation_names
 from lin_jax.data.pairs import encode_sources, pair_batches
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.decode.text import Continuation, TextGenerator
@@ -23,11 +23,13 @@ from lin_jax.models.flops import Flops, head_flops, pair_flops, reaches_layers
 from lin_jax.models.registry import MODELS
 from lin_jax.models.structure import Structure
 from lin_jax.settings.base import require, require_at_least_zero, setting
+from lin_jax.settings.data import DataConfig
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.settings.generate import GenerateConfig
 from lin_jax.tasks.base import Batch, BatchField, Evaluation, Loss, RunSettings, Task, Validation
 from lin_jax.tasks.epochs import steps_of_epochs
 from lin_jax.tasks.loss import LossSums, sharded_loss
+from lin_jax.tasks.measures import class_measures, number_measures
 from lin_jax.tasks.rouge import rouge
 
 
@@ -37,8 +39,10 @@ class Seq2seqFinetuneConfig(FinetuneConfig):
 
     objective: Literal["seq2seq"] = setting("seq2seq", "what is learned")
     label_smoothing: float = setting(0.0, "part of the loss that is the mean over all tokens of the vocabulary")
-    rouge_examples: int = setting(
-        200, "validation examples whose targets are generated and measured by ROUGE at each evaluation; 0: none"
+    generated_examples: int = setting(
+        200,
+        "validation examples whose targets are generated at each evaluation, and measured: by ROUGE, and for "
+        "data.source=glue by what GLUE measures; 0: none",
     )
     beams: int = setting(1, "of the search that generates them, see generate.py --beams", most=1024)
     length_penalty: float = setting(1.0, "of that search, see generate.py --length_penalty")
@@ -46,14 +50,14 @@ class Seq2seqFinetuneConfig(FinetuneConfig):
     def _check(self) -> None:
         super()._check()
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), but is {self.label_smoothing}")
-        require_at_least_zero(self, "rouge_examples")
+        require_at_least_zero(self, "generated_examples")
         require(self.beams > 0, f"beams must be greater than 0, but is {self.beams}")
 
 
 class SequenceToSequence(Task):
     """Cross-entropy of the target's tokens, each predicted from the source and the target before it.
 
-    Measured by the loss of all validation targets, and by ROUGE of generated ones.
+    Measured by the loss of all validation targets, and by what is generated of some.
     """
 
     settings = Seq2seqFinetuneConfig
@@ -61,9 +65,12 @@ class SequenceToSequence(Task):
 
     def __init__(self, config: RunSettings):
         super().__init__(config)
+        glue = glue_task(config.data)
         # A run has other settings until `check` has refused them.
-        if getattr(config.finetune, "rouge_examples", 0):
-            self.best_by, self.higher_is_better = "rougeLsum", True
+        if getattr(config.finetune, "generated_examples", 0):
+            self.best_by, self.higher_is_better = glue.measure if glue else "rougeLsum", True
+        if glue:
+            self.validation_sets = validation_names(config.data)
 
     @property
     def _own(self) -> Seq2seqFinetuneConfig:
@@ -80,11 +87,14 @@ class SequenceToSequence(Task):
             f"finetune.objective=seq2seq cannot be done by {architecture}; models that can: {', '.join(can)}",
         )
         require(
-            data.source in ("table", "tfds"),
-            f"finetune.objective=seq2seq needs sources and targets, but data.source is {data.source}: give table or "
-            "tfds",
+            data.source in ("glue", "table", "tfds"),
+            f"finetune.objective=seq2seq needs sources and targets, but data.source is {data.source}: give glue, "
+            "table or tfds",
         )
-        require(bool(data.target_field), "data.target_field is empty: name the column of what is to be written")
+        require(
+            bool(data.target_field) or data.source == "glue",
+            "data.target_field is empty: name the column of what is to be written",
+        )
 
     def complete(self) -> RunSettings:
         """Return settings with the steps that `train.epochs` come to."""
@@ -109,7 +119,8 @@ class SequenceToSequence(Task):
             self.config.model.vocabulary_size,
             f"the vocabulary of data.tokenizer={data.tokenizer}",
         )
-        open_pairs(data, "")
+        for name in self.validation_sets:
+            open_pairs(data, name)
         return open_pairs(data, TRAIN).fingerprint
 
     def _batches(self, split: str, tokenizer: Tokenizer, rows: Any, *, trains: bool) -> grain.DatasetIterator:
@@ -182,13 +193,17 @@ class SequenceToSequence(Task):
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     def measure(self, validation: Validation) -> dict[str, float]:
-        """Return the loss, and ROUGE of the first examples in the order in which they are evaluated."""
+        """Return the loss, and measures of generated texts, see `text_measures`."""
         values = super().measure(validation)
-        if not self._own.rouge_examples:
+        if not self._own.generated_examples:
             return values
-        pairs = validation_sample(open_pairs(self.config.data, ""), self._own.rouge_examples)
-        rows = self._written(validation.model(), validation.tokenizer, pairs.first)
-        return {**values, **rouge([row.text for row in rows], pairs.second or ())}
+        model = validation.model()
+        for name in self.validation_sets:
+            pairs = validation_sample(open_pairs(self.config.data, name), self._own.generated_examples)
+            rows = self._written(model, validation.tokenizer, pairs.first)
+            found = text_measures([row.text for row in rows], pairs.second or (), self.config.data)
+            values |= {f"{name}_{key}" if name else key: value for key, value in found.items()}
+        return values
 
     def _written(self, model: Any, tokenizer: Tokenizer, sources: Sequence[str]) -> list[Continuation]:
         own, data = self._own, self.config.data
@@ -202,10 +217,40 @@ class SequenceToSequence(Task):
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Return a line of all measures."""
-        told = {"validation_loss": "validation loss", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"}
-        told |= {"rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-        kept = {"validation_loss": 4, "perplexity": 3}
-        return ", ".join(f"{told.get(name, name)} {value:.{kept.get(name, 2)}f}" for name, value in values.items())
+        told = {name: name.replace("_", " ").replace("rouge", "ROUGE-") for name in values}
+        return ", ".join(f"{told[name]} {value:.{2 if 'rouge' in name else 4}f}" for name, value in values.items())
+
+
+def text_measures(texts: Sequence[str], references: Sequence[str], data: DataConfig) -> dict[str, float]:
+    """Return measures of generated texts.
+
+    For GLUE those of its classes or numbers, where a text that is none is a wrong class, or 0; for others ROUGE, and
+    `exact`, the part of the texts that are the very references.
+    """
+    glue = glue_task(data)
+    if glue is None:
+        return {**rouge(texts, references), "exact": exact_part(texts, references)}
+    if not glue.classes:
+        return number_measures(np.array(list(map(_number, references))), np.array(list(map(_number, texts))))
+    labels = np.array([glue.classes.index(text) for text in references])
+    known = {name: number for number, name in enumerate(glue.classes)}
+    guesses = [known.get(text.strip(), (label + 1) % len(known)) for text, label in zip(texts, labels, strict=True)]
+    return class_measures(labels, np.array(guesses), len(known))
+
+
+def exact_part(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Return how many of the texts are their references, as a part of all."""
+    return float(
+        np.mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def pair_features(model: Any, batch: Batch, partition: Partition, key: Array | None = None) -> Array:

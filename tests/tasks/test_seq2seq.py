@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import eval as eval_program
 import lin_jax
+from lin_jax.data.examples import open_pairs
 from lin_jax.data.tokenizers import BytesTokenizer
 from lin_jax.experiment import (
     CheckpointConfig,
@@ -24,7 +25,7 @@ from lin_jax.experiment import (
     TrainConfig,
 )
 from lin_jax.settings.command_line import apply_overrides
-from lin_jax.tasks.rouge import rouge
+from lin_jax.tasks.seq2seq import text_measures
 from lin_jax.train.loop import train
 from lin_jax.train.metrics import read_metrics
 from lin_jax.train.parts import make_parts
@@ -70,7 +71,7 @@ def make(tables, workdir, **fields):
         "optimizer": OptimizerConfig(peak_learning_rate=2e-2),
         "train": TrainConfig(epochs=3, log_every=4, evaluate_every=8, evaluate_batches=0),
         "checkpoint": CheckpointConfig(every=8, keep=2),
-        "finetune": Seq2seqFinetuneConfig(rouge_examples=5),
+        "finetune": Seq2seqFinetuneConfig(generated_examples=5),
     }
     return Config(workdir=str(workdir), **{**given, **fields})
 
@@ -151,13 +152,14 @@ def test_it_learns_and_what_it_writes_is_measured(whole, tables):
     for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
         np.testing.assert_allclose(last[kind], 100 * np.mean([score[kind].fmeasure for score in scores]), rtol=1e-6)
     assert any("ROUGE-Lsum" in line for line in lines)
+    assert last["exact"] == np.mean([row["summary"] == text for row, text in zip(chosen, texts, strict=True)])
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_rouge(tables, tmp_path):
     config = make(tables, tmp_path)
     task = make_parts(completed(config), make_partition(MeshConfig(), jax.devices()[:1])).task
     assert task.cost({"rougeLsum": 30.0}) < task.cost({"rougeLsum": 20.0})
-    other = dataclasses.replace(config, finetune=Seq2seqFinetuneConfig(rouge_examples=0))
+    other = dataclasses.replace(config, finetune=Seq2seqFinetuneConfig(generated_examples=0))
     task = make_parts(completed(other), make_partition(MeshConfig(), jax.devices()[:1])).task
     assert task.cost({"validation_loss": 2.0}) < task.cost({"validation_loss": 3.0})
 
@@ -169,7 +171,9 @@ def test_eval_measures_a_table_and_writes_the_texts(whole, tables, tmp_path, cap
     record = json.loads((tmp_path / "out.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert record["examples"] == len(lines) == 11 and record["generation"]["beams"] == 2
-    values = rouge([line["text"] for line in lines], [line["reference"] for line in lines])
+    values = text_measures(
+        [line["text"] for line in lines], [line["reference"] for line in lines], read_settings(config.workdir).data
+    )
     assert {name: record[name] for name in values} == values
     assert "11 examples" in capsys.readouterr().out
     assert eval_program.main([*arguments, "--limit", "3", "--draft", "lookup"]) == 0
@@ -252,6 +256,52 @@ def test_rows_of_text_are_not_for_models_of_sources(override, whole, tmp_path):
     with pytest.raises(ConfigError, match="cannot be done by t5; models that can: flash, llama, gpt2"):
         train(apply_overrides(Config(workdir=str(tmp_path / "run")), told), lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+GLUE_ROWS = {
+    "SST-2": "sentence\tlabel\n" + "it is good\t1\nit is bad\t0\n" * 6,
+    "MNLI": "sentence1\tsentence2\tgold_label\n" + "A man\tsleeps\tneutral\nHe sits\tHe sits\tentailment\n" * 6,
+    "STS-B": "sentence1\tsentence2\tscore\n" + "a\tb\t1.29\nc\tc\t5.0\n" * 6,
+}
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    root = tmp_path_factory.mktemp("glue")
+    for name, rows in GLUE_ROWS.items():
+        (root / name).mkdir()
+        for file in ("train", "dev") if name != "MNLI" else ("train", "dev_matched", "dev_mismatched"):
+            (root / name / f"{file}.tsv").write_text(rows)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "target"),
+    [
+        ("sst2", "sst2 sentence: it is good", "positive"),
+        ("mnli", "mnli hypothesis: sleeps premise: A man", "neutral"),
+        ("stsb", "stsb sentence1: a sentence2: b", "1.2"),
+    ],
+)
+def test_glue_is_text_to_text(glue, task, source, target):
+    """As T5 was trained with it."""
+    pairs = open_pairs(DataConfig(source="glue", task=task, path=(str(glue),)), "train")
+    assert (pairs.first[0], pairs.second[0]) == (source, target)
+
+
+def test_written_classes_are_measured(glue, tables, tmp_path):
+    data = DataConfig(source="glue", task="mnli", path=(str(glue),), sequence_length=64, target_length=12)
+    found = text_measures(["neutral", " neutral", "what", "entailment"], ["neutral"] * 3 + ["entailment"], data)
+    assert found["accuracy"] == 0.75
+    numbers = text_measures(
+        ["1.0", "x", "3.0", "inf"], ["1.0", "0.0", "3.2", "0.2"], dataclasses.replace(data, task="stsb")
+    )
+    np.testing.assert_allclose(numbers["pearson"], np.corrcoef([1, 0, 3, 0], [1, 0, 3.2, 0.2])[0, 1])
+    config = make(tables, tmp_path / "run", data=data, train=TrainConfig(steps=2, evaluate_batches=1))
+    lines = []
+    train(config, lines.append)
+    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert {"accuracy", "mismatched_accuracy", "mismatched_validation_loss"} <= last.keys()
 
 
 def test_a_tokenizer_is_learned_from_sources_and_targets(tables, tmp_path):

@@ -13,8 +13,7 @@ from lin_jax.settings.base import require
 from lin_jax.settings.command_line import apply_overrides
 from lin_jax.settings.generate import GenerateConfig
 from lin_jax.settings.mesh import MeshConfig
-from lin_jax.tasks.rouge import rouge
-from lin_jax.tasks.seq2seq import validation_sample, written
+from lin_jax.tasks.seq2seq import text_measures, validation_sample, written
 from lin_jax.train.saved_model import load_model
 
 
@@ -66,7 +65,7 @@ class SummarizeTask(EvaluationTask):
         generator = TextGenerator(model, tokenizer, generation)
         rows = written(generator, chosen.first, data.prefix, data.sequence_length)
         texts, references = [row.text for row in rows], list(chosen.second or ())
-        values, tokens = rouge(texts, references), sum(row.tokens for row in rows)
+        values, tokens = text_measures(texts, references, data), sum(row.tokens for row in rows)
         values["tokens_per_step"] = tokens / sum(row.steps for row in rows)
         told = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         lines = [
