@@ -75,7 +75,7 @@ def measured(directory: Path, name: str, *flags: str) -> dict[str, Any]:
     file = directory / f"summarize-{name}.json"
     if not file.exists():
         run("eval.py", "--task", "summarize", "--checkpoint", str(directory), "--output", str(file), *flags)
-    found: dict[str, Any] = json.loads(file.read_text())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

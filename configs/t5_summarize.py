@@ -3,11 +3,13 @@
     python train.py --config configs/t5_summarize.py --config.finetune.checkpoint=DIR
     python train.py --config configs/t5_summarize.py:augmented --config.finetune.checkpoint=DIR
     python train.py --config configs/t5_summarize.py:cross,augmented --config.finetune.checkpoint=DIR
+    python train.py --config configs/t5_summarize.py:3b --config.plan=v5e:2x2
 
-The first word says which attention is changed, of encoder, decoder, cross and all (which may be left out); the second
-to which. Without one the model keeps softmax. DIR is a Hugging Face directory of T5, T5 v1.1 or FLAN-T5, or a run of
-lin_jax, which gives the model's sizes, its parameters and its tokenizer. Data are TensorFlow Datasets' cnn_dailymail,
-which must be prepared once; pairs of your own are
+Words say which attention is changed, of encoder, decoder, cross and all (which may be left out), and to which; without
+one the model keeps softmax. DIR is a Hugging Face directory of T5, T5 v1.1 or FLAN-T5, or a run of lin_jax, which gives
+the model's sizes, its parameters and its tokenizer; for a plan, base, small, large or 3b say the sizes. 3b cuts
+parameters over the devices, and computes layers twice to save memory. Data are TensorFlow Datasets' cnn_dailymail, which
+must be prepared once; pairs of your own are
 
     --config.data.source=table --config.data.path=pairs.jsonl --config.data.text_field=A --config.data.target_field=B
 """
@@ -20,6 +22,7 @@ from lin_jax.experiment import (
     CheckpointConfig,
     Config,
     DataConfig,
+    MeshConfig,
     OptimizerConfig,
     Seq2seqFinetuneConfig,
     SoftmaxConfig,
@@ -28,6 +31,13 @@ from lin_jax.experiment import (
     require,
 )
 
+# Sizes of T5 v1.0 (Raffel et al., 2020): C, layers of each stack, H, D, F.
+SIZES = {
+    "small": (512, 6, 8, 64, 2048),
+    "base": (768, 12, 12, 64, 3072),
+    "large": (1024, 24, 16, 64, 4096),
+    "3b": (1024, 24, 32, 128, 16384),
+}
 # The words for attentions, with their fields.
 PLACES = {
     "encoder": ("encoder_attention",),
@@ -40,12 +50,25 @@ PLACES = {
 def get_config(variant: str = "all,softmax") -> Config:
     words = variant.split(",")
     attentions = list(dict.fromkeys([*ATTENTIONS, *preset_names()]))
-    unknown = [word for word in words if word not in (*PLACES, *attentions)]
-    require(not unknown, f"unknown {', '.join(unknown)}; there are {', '.join([*PLACES, *attentions])}")
+    known = [*PLACES, *attentions, *SIZES]
+    unknown = [word for word in words if word not in known]
+    require(not unknown, f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    sizes = [word for word in words if word in SIZES] or ["base"]
+    require(len(sizes) == 1, f"{', '.join(sizes)}: give one of them")
+    width, depth, heads, head_size, feed_forward_size = SIZES[sizes[0]]
+    large = sizes[0] == "3b"
     places = [word for word in words if word in PLACES] or ["all"]
     names = [word for word in words if word in attentions] or ["softmax"]
     require(len(names) == 1, f"{', '.join(names)}: give one of them")
     model = T5Config(
+        width=width,
+        depth=depth,
+        encoder_depth=depth,
+        heads=heads,
+        head_size=head_size,
+        feed_forward_size=feed_forward_size,
+        dtype="bfloat16" if large else "float32",
+        remat="full" if large else "none",
         attention=SoftmaxConfig(),
         encoder_attention=SoftmaxConfig(causal=False),
         cross_attention=SoftmaxConfig(causal=False),
@@ -72,4 +95,5 @@ def get_config(variant: str = "all,softmax") -> Config:
         train=TrainConfig(epochs=3.0, evaluate_every=2000, evaluate_batches=50),
         finetune=Seq2seqFinetuneConfig(checkpoint="runs/t5/original", settings="checkpoint"),
         checkpoint=CheckpointConfig(every=1000),
+        mesh=MeshConfig(data=1, fsdp=-1) if large else MeshConfig(),
     )

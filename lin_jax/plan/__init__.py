@@ -10,12 +10,13 @@ import numpy as np
 from lin_jax.experiment import Config
 from lin_jax.plan import target as targets
 from lin_jax.plan.compiled import Traced
-from lin_jax.plan.estimate import hbm_traffic, measure_state, microbatch_tokens
+from lin_jax.plan.estimate import hbm_traffic, layer_tokens, measure_state
 from lin_jax.plan.fit import Attempt, Report, attempt
 from lin_jax.plan.report import Rows, collective_rows, gib, state_rows, table, time_rows
 from lin_jax.plan.search import advice
 from lin_jax.plan.times import bound
 from lin_jax.settings.base import ConfigError
+from lin_jax.tasks.registry import task_of
 from lin_jax.train.trainable import step_flops
 
 __all__ = ["plan", "prepare_plan"]
@@ -37,14 +38,16 @@ def plan(config: Config, report: Report = lambda line: None) -> str:
         ConfigError: the settings do not fit the devices; or the step does not fit their memory, with what would.
     """
     target = targets.parse(config.plan)
-    made = attempt(target, config, report)
+    planned = task_of(config).planned()
+    assert isinstance(planned, Config)
+    made = attempt(target, planned, report)
     text = "\n".join(_describe(made))
     if made.fits:
         return text
     report(text)
     assert made.limit is not None
     over = f"{gib(made.needed)} of {gib(made.limit)} a device, {gib(made.needed - made.limit)} too much ({made.how})"
-    raise ConfigError(f"plan={target.name}: does not fit, {over}; {advice(target, config, report)}")
+    raise ConfigError(f"plan={target.name}: does not fit, {over}; {advice(target, planned, report)}")
 
 
 def _describe(made: Attempt) -> list[str]:
@@ -82,7 +85,7 @@ def _memory_rows(made: Attempt) -> Rows:
 def _layer_inputs(traced: Traced) -> str:
     """What rematerialisation keeps: the features that enter every layer, for the rows of a microbatch."""
     model = traced.parts.config.model
-    size = model.depth * microbatch_tokens(traced) * model.width * np.dtype(model.dtype).itemsize
+    size = layer_tokens(traced) * model.width * np.dtype(model.dtype).itemsize
     return f"{size:,} bytes a device, with model.remat=full"
 
 

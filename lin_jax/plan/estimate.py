@@ -79,6 +79,12 @@ def microbatch_tokens(traced: Traced) -> int:
     return config.data.batch_size * config.data.sequence_length // (config.train.microbatches * shards)
 
 
+def layer_tokens(traced: Traced) -> int:
+    """Tokens that all layers together read of a microbatch, on one device."""
+    config, shards = traced.parts.config, traced.parts.partition.shards("batch", "tokens")
+    return config.data.batch_size * traced.parts.task.layer_tokens // (config.train.microbatches * shards)
+
+
 def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
     """What the forward pass leaves, and the backward pass of one layer needs beside it.
 
@@ -87,10 +93,11 @@ def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
         flash: whether softmax attention makes its scores a tile at a time, and not whole.
     """
     config, tokens = traced.parts.config, microbatch_tokens(traced)
-    itemsize, depth = np.dtype(config.model.dtype).itemsize, config.model.depth
-    features = tokens * config.model.width * itemsize
-    products = tokens * _outputs(config) // _tensor(traced) * itemsize
-    kept = {"full": 0, "dots": products, "none": 3 * products}[config.model.remat]
+    itemsize, read = np.dtype(config.model.dtype).itemsize, layer_tokens(traced)
+    outputs = _outputs(config) // _tensor(traced)
+    products = tokens * outputs * itemsize
+    kept = read * itemsize * outputs * {"full": 0, "dots": 1, "none": 3}[config.model.remat]
+    features = read * config.model.width * itemsize
     # Rows that are cut over devices meet their keys a chunk of queries at a time.
     at_once = tokens if traced.parts.partition.shards("tokens") == 1 else min(tokens, QUERIES)
     scores = 0 if flash else _scores(config, at_once)
@@ -99,9 +106,7 @@ def estimate_activations(traced: Traced, *, flash: bool) -> Activations:
     # A layer's outputs and their gradients; the parameters of two layers; embedding and head, whole, with gradients.
     working = 3 * products + scores + 2 * state.layer + logits + 2 * state.outside
     gradients = state.trained[0] * (1 if config.train.microbatches == 1 else 2)
-    if not config.finetune.trains_model:
-        depth = 0
-    return Activations(depth * (features + kept), working + gradients)
+    return Activations(features + kept if config.finetune.trains_model else 0, working + gradients)
 
 
 def _outputs(config: Config) -> int:

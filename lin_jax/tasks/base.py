@@ -19,6 +19,7 @@ from lin_jax.layers.parameter import Path
 from lin_jax.layers.partition import Partition
 from lin_jax.models.base import ModelConfig
 from lin_jax.models.flops import Flops
+from lin_jax.models.registry import MODELS
 from lin_jax.models.structure import Structure
 from lin_jax.settings.base import require
 from lin_jax.settings.data import DataConfig
@@ -171,6 +172,10 @@ class Task(abc.ABC):
         """
         return self.config
 
+    def planned(self) -> RunSettings:
+        """Return the settings by which a step is compiled where the data need not be there, see `complete`."""
+        return self.config
+
     # What a batch holds, and where it is from.
 
     @abc.abstractmethod
@@ -222,6 +227,13 @@ class Task(abc.ABC):
     def row_tokens(self) -> int:
         """Return the tokens of a row for which `flops` counts."""
         return self.config.data.sequence_length
+
+    @property
+    def layer_tokens(self) -> int:
+        """Return how many tokens of a row all layers read together."""
+        model: Any = self.config.model
+        encoder = model.encoder_depth if MODELS[model.architecture].reads_source else 0
+        return model.depth * self.row_tokens + encoder * self.config.data.sequence_length
 
     @abc.abstractmethod
     def flops(self, trains: Callable[[Path], bool], *, tiled: bool) -> Flops:

@@ -92,6 +92,15 @@ class Classification(Task):
         examples = len(open_examples(config.data, TRAIN))
         return dataclasses.replace(config, model=model, train=steps_of_epochs(config, examples))
 
+    def planned(self) -> RunSettings:
+        """Return settings with a head: of GLUE's classes, or of two where a table would tell."""
+        config: Any = self.config
+        glue = glue_task(config.data)
+        if config.model.labels:
+            return self.config
+        labels = 1 if are_numbers(config.data) else len(glue.classes) if glue else 2
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=labels))
+
     def _with_labels(self, model: Any) -> ModelConfig:
         names = class_names(self.config.data)
         count = 1 if are_numbers(self.config.data) else len(names)

@@ -87,6 +87,10 @@ class MaskedLanguageModelling(TextTask):
         config: Any = super().complete()
         return dataclasses.replace(config, model=dataclasses.replace(config.model, masked_head=True))
 
+    def planned(self) -> RunSettings:
+        """Return the same, which needs no data."""
+        return self.complete()
+
     # What a batch holds.
 
     @property

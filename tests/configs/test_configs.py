@@ -21,7 +21,7 @@ VARIANTS = {
     "quickstart": [""],
     "stories260k": ["", "finetune", "transfer"],
     "t5_headings": ["", "augmented"],
-    "t5_summarize": ["", "augmented", "cross,augmented", "encoder,decoder,local", "released_t5"],
+    "t5_summarize": ["", "augmented", "cross,augmented", "encoder,decoder,local", "3b,released_t5"],
     "wikitext2_ablation": [""],
 }
 

@@ -6,9 +6,18 @@ import pytest
 from flax import nnx
 
 from lin_jax.attentions.registry import with_kind
-from lin_jax.experiment import AugmentedConfig, FlashConfig, Gpt2Config, LlamaConfig, SoftmaxConfig
+from lin_jax.experiment import (
+    AugmentedConfig,
+    FlashConfig,
+    Gpt2Config,
+    LlamaConfig,
+    LoraConfig,
+    SoftmaxConfig,
+    T5Config,
+)
 from lin_jax.models.flash import Flash
-from lin_jax.models.flops import training_flops_per_token
+from lin_jax.models.flops import pair_flops, training_flops_per_token
+from lin_jax.models.t5 import T5
 
 B, T = 2, 256
 
@@ -65,3 +74,38 @@ def test_operations_are_counted():
     assert training_flops_per_token(augmented, 4096) == 6 * matrices + 3 * 32 * (4 * 64 * 4096 + 4 * 4096 * 128)
     gpt2 = Gpt2Config(attention=SoftmaxConfig())
     assert training_flops_per_token(gpt2, 1024) == 6 * (12 * 12 * 768**2 + 768 * 50257) + 3 * 12 * 4 * 1024 * 768
+
+
+@pytest.mark.parametrize("cross", ["softmax", "augmented"])
+@pytest.mark.parametrize("feed_forward", ["relu", "gated_gelu"])
+def test_of_a_pair_they_are_those_of_the_compiled_program(cross, feed_forward):
+    """One layer in each stack, as XLA counts the body of a loop once, and rows of different lengths."""
+    S, T = 256, 64
+    linear = AugmentedConfig(group_size=64, causal=False, convolution=0)
+    config = T5Config(
+        vocabulary_size=512,
+        width=256,
+        depth=1,
+        encoder_depth=1,
+        heads=4,
+        head_size=64,
+        feed_forward_size=512,
+        feed_forward=feed_forward,
+        attention=SoftmaxConfig(),
+        encoder_attention=linear,
+        cross_attention=linear if cross == "augmented" else SoftmaxConfig(causal=False),
+    )
+    graph, state = nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))
+    run = jax.jit(lambda state, source_BS, tokens_BT: nnx.merge(graph, state)(source_BS, tokens_BT))
+    rows = (jax.ShapeDtypeStruct((B, length), jnp.int32) for length in (S, T))
+    compiled = run.lower(state, *rows).compile().cost_analysis()["flops"] / B
+    head = 2 * 256 * 512 * T
+    counted = pair_flops(config, S, T, LoraConfig(), lambda path: True).forward + head
+    assert 0.99 < compiled / counted < 1.06
+
+
+def test_the_backward_pass_of_a_pair_is_twice_the_forward_pass():
+    pair = pair_flops(T5Config(), 512, 128, LoraConfig(), lambda path: True)
+    assert pair.backward == 2 * pair.forward and pair.recomputed == 0
+    again = pair_flops(T5Config(remat="full"), 512, 128, LoraConfig(), lambda path: True)
+    assert 0.8 * pair.forward < again.recomputed < pair.forward
