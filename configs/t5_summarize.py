@@ -8,8 +8,8 @@
 Words say which attention is changed, of encoder, decoder, cross and all (which may be left out), and to which; without
 one the model keeps softmax. DIR is a Hugging Face directory of T5, T5 v1.1 or FLAN-T5, or a run of lin_jax, which gives
 the model's sizes, its parameters and its tokenizer; for a plan, base, small, large or 3b say the sizes. 3b cuts
-parameters over the devices, and computes layers twice to save memory. Data are TensorFlow Datasets' cnn_dailymail, which
-must be prepared once; pairs of your own are
+parameters over the devices, and computes layers twice to save memory. Data are TensorFlow Datasets' cnn_dailymail,
+which must be prepared once; pairs of your own are
 
     --config.data.source=table --config.data.path=pairs.jsonl --config.data.text_field=A --config.data.target_field=B
 """

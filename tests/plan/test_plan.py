@@ -12,6 +12,8 @@ import pytest
 from lin_jax.chips import GIB, chip_named
 from lin_jax.experiment import (
     AugmentedConfig,
+    BertConfig,
+    ClassificationFinetuneConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -19,6 +21,8 @@ from lin_jax.experiment import (
     LlamaConfig,
     LoraConfig,
     MeshConfig,
+    Seq2seqFinetuneConfig,
+    T5Config,
     TrainConfig,
 )
 from lin_jax.plan import cuda, fit, plan, search, targets
@@ -185,3 +189,36 @@ def test_a_step_is_compiled_for_a_tpu_topology(tmp_path):
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "of 16.00 GiB a device: fits (compiled in" in told
     assert "sent by all-gather" in told and "MFU at most" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (
+            {
+                "model": BertConfig(vocabulary_size=64, width=16, depth=2, heads=2, feed_forward_size=32, positions=16),
+                "data": DataConfig(source="glue", task="mnli", path=("absent",), sequence_length=16, batch_size=16),
+                "finetune": ClassificationFinetuneConfig(),
+            },
+            # 82 rows of embeddings, 5 norms, 2 layers of 2,160 with 127 of their attention, 2 + 1 layers of heads, 3 classes.
+            "trained .* 6,737\n",
+        ),
+        (
+            {
+                "model": T5Config(
+                    vocabulary_size=64, width=16, depth=2, encoder_depth=1, heads=2, head_size=8, feed_forward_size=32
+                ),
+                "data": DataConfig(
+                    source="tfds", target_field="highlights", sequence_length=16, target_length=4, batch_size=16
+                ),
+                "finetune": Seq2seqFinetuneConfig(),
+            },
+            # 4 rows of 2 layers with 4 tokens and one with 16, of width 16 in float32.
+            r"layer inputs kept for the backward pass +6,144 bytes",
+        ),
+    ],
+    ids=["classification", "seq2seq"],
+)
+def test_the_data_need_not_be_there(changes, part):
+    config = settings(**changes, plan="cpu:4", mesh=MeshConfig())
+    assert re.search(part, plan(config))
