@@ -11,8 +11,10 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.data.tokenizers import Tokenizer
+from lin_jax.layers.partition import Partition
 from lin_jax.train.distributed import settled
 from lin_jax.train.parts import Parts, make_evaluation
+from lin_jax.train.sharding import replicated
 from lin_jax.train.state import TrainState
 
 
@@ -66,9 +68,16 @@ class StateValidation:
         return jax.device_get(found)
 
     def model(self) -> nnx.Module:
-        """Return the model with this state's parameters."""
-        structure, state = self._evaluator.parts.structure, self._state
-        return structure.merge(structure.join(state.parameters, state.frozen), state.constants)
+        """Return the model with this state's parameters; of several processes each has a whole copy, for itself."""
+        parts, state = self._evaluator.parts, self._state
+        trees = parts.structure.join(state.parameters, state.frozen), state.constants
+        return parts.structure.merge(*(trees if jax.process_count() == 1 else _local_copies(trees, parts.partition)))
+
+
+def _local_copies(trees: Any, partition: Partition) -> Any:
+    """Return arrays of all processes as arrays of this one, whole."""
+    whole = jax.jit(lambda trees: trees, out_shardings=replicated(partition))(trees)
+    return jax.tree.map(lambda array: jax.numpy.asarray(array.addressable_data(0)), whole)
 
 
 def _add_up(trees: Sequence[Any]) -> Any:

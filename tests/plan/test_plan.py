@@ -200,7 +200,7 @@ def test_a_step_is_compiled_for_a_tpu_topology(tmp_path):
                 "data": DataConfig(source="glue", task="mnli", path=("absent",), sequence_length=16, batch_size=16),
                 "finetune": ClassificationFinetuneConfig(),
             },
-            # 82 rows of embeddings, 5 norms, 2 layers of 2,160 with 127 of their attention, 2 + 1 layers of heads, 3 classes.
+            # 82 rows of embeddings and a norm, 2 layers of 2,224 with 127 of their attention, pooler, head, 3 classes.
             "trained .* 6,737\n",
         ),
         (
