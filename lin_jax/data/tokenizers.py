@@ -273,9 +273,11 @@ class LibraryTokenizer(Tokenizer):
         try:
             encodings = backend.encode_batch(inputs, add_special_tokens=True)
         except Exception as error:  # the library raises Exception itself
-            raise ConfigError(
-                f"data.sequence_length={length} has no room for the tokenizer's special tokens: {first_line(error)}"
-            ) from error
+            raise _no_room(length, first_line(error)) from error
+        # Without an error the library may leave the special tokens of a text alone where there is no room for these.
+        needed = max((len(found.ids) for found in encodings), default=0)
+        if needed > length:
+            raise _no_room(length, f"there are {needed}")
         return [(np.array(found.ids, np.int32), np.array(found.type_ids, np.int32)) for found in encodings]
 
     def _cut_to(self, length: int) -> tokenizers.Tokenizer:
@@ -286,9 +288,7 @@ class LibraryTokenizer(Tokenizer):
             try:
                 backend.enable_truncation(length, strategy="longest_first")
             except Exception as error:  # the library raises Exception itself
-                raise ConfigError(
-                    f"data.sequence_length={length} has no room for the tokenizer's special tokens: {first_line(error)}"
-                ) from error
+                raise _no_room(length, first_line(error)) from error
             self._cut[length] = backend
         return self._cut[length]
 
@@ -331,6 +331,10 @@ def longest_first(first: int, second: int, length: int) -> tuple[int, int]:
     if min(first, second) == short:
         return (short, length - short) if first <= second else (length - short, short)
     return length - length // 2, length // 2
+
+
+def _no_room(length: int, why: str) -> ConfigError:
+    return ConfigError(f"data.sequence_length={length} has no room for the tokenizer's special tokens: {why}")
 
 
 def _encoding(encode: Callable[..., list[tokenizers.Encoding]], text: str) -> tokenizers.Encoding:

@@ -50,12 +50,12 @@ def classify(
         return []
     first = [text[0] if isinstance(text, tuple) else text for text in texts]
     second = [text[1] for text in texts if isinstance(text, tuple)] or None
-    limit = model.config.row_limit or LONGEST
+    longest = min(model.config.row_limit or LONGEST, LONGEST)
     data = DataConfig(
         source="table",
         path=("texts",),
         batch_size=min(batch_size, len(texts)),
-        sequence_length=sequence_length or min(limit, LONGEST),
+        sequence_length=longest if sequence_length is None else sequence_length,
     )
     logits = logits_of(model, tokenizer, Examples("texts", first, second, None, range(1, len(texts) + 1)), data)
     if model.config.labels == 1:

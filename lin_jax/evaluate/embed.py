@@ -53,11 +53,12 @@ def embed(
     found = np.zeros((len(texts), model.config.width), np.float32)
     if not texts:
         return found
+    longest = min(model.config.row_limit or LONGEST, LONGEST)
     data = DataConfig(
         source="table",
         path=("texts",),
         batch_size=min(batch_size, len(texts)),
-        sequence_length=sequence_length or min(model.config.row_limit or LONGEST, LONGEST),
+        sequence_length=longest if sequence_length is None else sequence_length,
     )
     graph, arrays = nnx.split(model)
 

@@ -53,6 +53,11 @@ class ModelConfig(Settings):
         """Return the tokens of the longest row; None where there is no limit."""
         return None
 
+    def with_classes(self, labels: int, label_names: tuple[str, ...]) -> Any:
+        """Return the settings with a head of these classes, for models that can classify."""
+        config: Any = self
+        return dataclasses.replace(config, labels=labels, label_names=label_names)
+
     def check_segments(self) -> None:
         """Raise `ConfigError` where the model cannot keep the documents of a row apart."""
 
@@ -94,6 +99,7 @@ class Model(nnx.Module):
         can_classify: whether it has `classify`, where its settings say `labels`.
         classifier: the first parts of the paths of what `classify` needs and a model that was trained to do something
             else may lack: the head, and what stands before it.
+        leaves: the first parts of the paths of heads that a run may leave behind in the model that it starts from.
         predicts_masked: whether it has a head for masked tokens, where its settings say `masked_head`.
         has_token_types: whether it tells the texts of a pair apart by `token_types_BT`.
         plain_scores: whether scores have no bias, so that kernels of softmax attention can make them a tile at a time.
@@ -108,6 +114,7 @@ class Model(nnx.Module):
     has_softmax_form: ClassVar[bool] = False
     can_classify: ClassVar[bool] = False
     classifier: ClassVar[tuple[str, ...]] = ()
+    leaves: ClassVar[tuple[str, ...]] = ()
     predicts_masked: ClassVar[bool] = False
     has_token_types: ClassVar[bool] = False
     plain_scores: ClassVar[bool] = True

@@ -82,6 +82,11 @@ class BertConfig(ModelConfig):
         require(self.pooler or not self.next_sentence, "next_sentence needs a pooler: set pooler=True")
         check_attention(self.attention, self.depth, self.architecture, causal=False)
 
+    def with_classes(self, labels: int, label_names: tuple[str, ...]) -> "BertConfig":
+        """Return the settings with a head of these classes and the pooler before it, without heads of pretraining."""
+        plain = dataclasses.replace(self, pooler=True, masked_head=False, next_sentence=False)
+        return dataclasses.replace(plain, labels=labels, label_names=label_names)
+
     @property
     def head_size(self) -> int:
         """Query/key and value size D of a head."""
@@ -166,6 +171,7 @@ class Bert(Model):
     conversion = "lin_jax.convert.bert:CONVERSION"
     can_classify = has_token_types = predicts_masked = True
     classifier = ("pooler", "score")
+    leaves = ("masked_head", "logits", "next_sentence")
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         V, C = config.vocabulary_size, config.width

@@ -99,7 +99,7 @@ class Classification(Task):
         if config.model.labels:
             return self.config
         labels = 1 if are_numbers(config.data) else len(glue.classes) if glue else 2
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=labels))
+        return dataclasses.replace(config, model=config.model.with_classes(labels, ()))
 
     def _with_labels(self, model: Any) -> ModelConfig:
         names = class_names(self.config.data)
@@ -110,7 +110,7 @@ class Classification(Task):
         )
         named = model.label_names
         if not model.labels or self.starts_fresh:
-            return dataclasses.replace(model, labels=count, label_names=names)
+            return model.with_classes(count, names)
         require(
             model.labels == count or (bool(named) and set(names) <= set(named)),
             f"the model has a head of {model.labels} classes, but the data have {count}: set "

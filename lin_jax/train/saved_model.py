@@ -131,8 +131,8 @@ def _load_frozen(config: Config, structure: Structure, mesh: Mesh) -> Any:
 def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax.Array]:
     """Return the parameters, adapters merged, and constants of `config.finetune.checkpoint`, by path joined by dots.
 
-    Parameters of linearized attention and what tasks add to models may be missing or left over; those that are left
-    over are left out.
+    Parameters of linearized attention and what tasks add to models may be missing or left over, and heads that the
+    model `leaves` be left over; what is left over is left out.
 
     Raises:
         ConfigError: it cannot be read, or is of another model than `config.model`.
@@ -150,7 +150,8 @@ def load_base(config: Config, structure: Structure, mesh: Mesh) -> dict[str, jax
     new = new_parameters(task, structure.abstract_parameters) | new_parameters(task_of(base), model)
     added = {".".join(path) for path in new}
     missing = sorted(wanted.keys() - found.keys() - added)
-    unused = sorted(found.keys() - wanted.keys() - added)
+    left = {name for name in found if name.partition(".")[0] in model.leaves}
+    unused = sorted(found.keys() - wanted.keys() - added - left)
     require(not missing, f"finetune.checkpoint: {path} has no {', '.join(missing[:3])}")
     require(not unused, f"finetune.checkpoint: the model has no place for {', '.join(unused[:3])} of {path}")
     wanted |= constants_by_path(structure.abstract_constants)

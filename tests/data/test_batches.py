@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lin_jax.data import batches as module
 from lin_jax.data.batches import batches_of, count_batches, lengths
 from lin_jax.data.examples import Examples
-from lin_jax.data.tokenizers import BytesTokenizer, load_tokenizer, longest_first
+from lin_jax.data.tokenizers import BytesTokenizer, LibraryTokenizer, load_tokenizer, longest_first
+from lin_jax.settings.base import ConfigError
 from lin_jax.settings.data import DataConfig
 
 REAL = Path(os.environ.get("LIN_JAX_GOLDEN", "../shared/golden")).parent / "data" / "tokenizers"
@@ -100,3 +102,15 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
         assert [ids.tolist() for ids, _ in found] == wanted["input_ids"]
         if "token_type_ids" in wanted:
             assert [types.tolist() for _, types in found] == wanted["token_type_ids"]
+
+
+@pytest.mark.parametrize("second", [None, ["b"]])
+def test_rows_without_room_for_special_tokens_are_refused(second):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3}, "a"))
+    names = [("[CLS]", 0), ("[SEP]", 1)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", names
+    )
+    tokenizer = LibraryTokenizer(backend, end_id=1, begin_id=0)
+    with pytest.raises(ConfigError, match="data.sequence_length=1 has no room for the tokenizer's special tokens"):
+        tokenizer.encode_examples(["a"], second, 1)

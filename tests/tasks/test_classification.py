@@ -23,6 +23,7 @@ from lin_jax.experiment import (
     ConfigError,
     DataConfig,
     Gpt2Config,
+    MaskedFinetuneConfig,
     MeshConfig,
     OptimizerConfig,
     SoftmaxConfig,
@@ -39,6 +40,7 @@ from lin_jax.train.saved_model import load_model
 from lin_jax.train.sharding import make_partition
 from lin_jax.train.start import completed
 from lin_jax.train.workdir import read_settings
+from tests.models.test_bert import make_config as make_bert
 from tests.train.small_run import Killed, call_at, curve, final_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -85,6 +87,12 @@ def make(tables, workdir, **fields):
         "finetune": ClassificationFinetuneConfig(),
     }
     return Config(workdir=str(workdir), **{**given, **fields})
+
+
+def new_weights(config):
+    random = np.random.default_rng(0)
+    arrays = {path: jnp.asarray(0.1 * random.normal(size=s.shape), s.dtype) for path, s in shapes_of(config).items()}
+    return ModelWeights(config, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +242,29 @@ def test_a_head_starts_fresh_where_the_base_has_none_that_fits(whole, tables, tm
     np.testing.assert_allclose(taken, load_model(whole[0].workdir)[0].embedding[...], atol=0.05)
 
 
+@pytest.mark.parametrize("base", ["run", "hugging_face"])
+def test_a_bert_that_only_predicts_masked_tokens_gets_a_pooler(base, tables, tmp_path):
+    """Its own head, which nothing would train any more, is left behind."""
+    model = make_bert("softmax", vocabulary_size=257, positions=32, pooler=False, next_sentence=False)
+    config = make(tables, tmp_path / "run", train=TrainConfig(steps=1, evaluate_every=0))
+    path = tmp_path / "base"
+    if base == "run":
+        texts = DataConfig(source="text", path=(str(tables / "train.jsonl"),), validation_fraction=0.2)
+        objective = {"finetune": MaskedFinetuneConfig(mask_token="~"), "train": config.train}
+        data = dataclasses.replace(texts, sequence_length=16, batch_size=8)
+        train(make(tables, path, model=model, data=data, **objective), lambda line: None)
+    else:
+        path.mkdir()
+        write_hugging_face(path, new_weights(model), None, {})
+    finetune = ClassificationFinetuneConfig(checkpoint=str(path), settings="checkpoint")
+    config, lines = dataclasses.replace(config, model=model, finetune=finetune), []
+    train(config, lines.append)
+    assert any(line.endswith("pooler.bias, pooler.kernel, score.bias, score.kernel") for line in lines)
+    found = read_settings(config.workdir).model
+    assert (found.pooler, found.masked_head, found.labels) == (True, False, 3)
+    assert len(lin_jax.classify(*lin_jax.load(config.workdir), ["yes", "no"])) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -265,9 +296,8 @@ def test_a_hugging_face_directory_gives_settings_parameters_and_tokenizer(tables
     config = Gpt2Config(
         vocabulary_size=300, width=16, depth=2, heads=2, feed_forward_size=24, positions=40, attention=SoftmaxConfig()
     )
-    random = np.random.default_rng(0)
-    arrays = {path: jnp.asarray(0.1 * random.normal(size=s.shape), s.dtype) for path, s in shapes_of(config).items()}
-    write_hugging_face(base, ModelWeights(config, arrays), None, {})
+    weights = new_weights(config)
+    write_hugging_face(base, weights, None, {})
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({t: n for n, t in enumerate([*alphabet, "</s>"])}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -288,7 +318,7 @@ def test_a_hugging_face_directory_gives_settings_parameters_and_tokenizer(tables
     found = read_settings(run.workdir).model
     assert (found.width, found.positions, found.labels, found.attention.kind) == (16, 40, 3, "augmented")
     model, tokenizer = lin_jax.load(run.workdir)
-    np.testing.assert_allclose(model.embedding[...], arrays["embedding"], atol=1e-5)
+    np.testing.assert_allclose(model.embedding[...], weights.arrays["embedding"], atol=1e-5)
     assert tokenizer.vocabulary_size == 257
     # It goes back with the tokenizer as it came.
     kept = tmp_path / "run/tokenizer/hugging_face/tokenizer.json"
