@@ -142,9 +142,10 @@ def _how_to_prepare(config: DataConfig) -> str:
 
 def _check_text_field(builder: Any, config: DataConfig) -> None:
     fields = list(builder.info.features)
+    told = "data.text_field and data.target_field" if config.target_field else "data.text_field"
     require(
         config.text_field in fields,
-        f"{config.tfds_name} has no field {config.text_field!r}; set data.text_field to one of {', '.join(fields)}",
+        f"{config.tfds_name} has no field {config.text_field!r}; set {told} to one of {', '.join(fields)}",
     )
 
 

@@ -1,6 +1,6 @@
 """Classes of texts by a model that is there: probabilities, and measures of a table of examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.data.batches import batches_of
-from lin_jax.data.examples import Examples, labels_of
+from lin_jax.data.examples import Examples
 from lin_jax.data.tokenizers import Tokenizer
 from lin_jax.layers.partition import WHOLE
 from lin_jax.models.registry import MODELS
@@ -88,14 +88,28 @@ def logits_of(model: Any, tokenizer: Tokenizer, examples: Examples, data: DataCo
         more = {"token_types_BT": batch["token_types"]} if has_types else {}
         return nnx.merge(graph, arrays).classify(batch["tokens"], batch["segment_ids"], WHOLE, **more)
 
-    found = np.zeros((len(examples), model.config.labels))
-    labels = labels_of(Examples(examples.name, examples.first, examples.second, None, examples.lines), data, ())
-    batches = batches_of(data, tokenizer, examples, labels, trains=False)
+    return by_example(tokenizer, examples, data, lambda batch: run(arrays, batch), model.config.labels)
+
+
+def by_example(
+    tokenizer: Tokenizer, examples: Examples, data: DataConfig, run: Callable[[Mapping[str, Any]], Any], size: int
+) -> np.ndarray:
+    """Return what `run` gives for the rows of batches, as rows in the order of the examples, float64.
+
+    Args:
+        tokenizer: of the model.
+        examples: texts, whose labels are not looked at.
+        data: how they become rows.
+        run: tokens, token types and segment ids [B, T] to [B, size].
+        size: of a row of what it gives.
+    """
+    found = np.zeros((len(examples), size))
+    batches = batches_of(data, tokenizer, examples, np.zeros(len(examples), np.int32), trains=False)
     try:
         for batch in batches:
             read = {name: jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "token_types")}
             real = batch["examples"] >= 0
-            found[batch["examples"][real]] = np.asarray(run(arrays, read), np.float64)[real]
+            found[batch["examples"][real]] = np.asarray(run(read), np.float64)[real]
     finally:
         batches.close()
     return found

@@ -9,10 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.data.batches import batches_of
 from lin_jax.data.examples import Examples
 from lin_jax.data.tokenizers import Tokenizer
-from lin_jax.evaluate.classify import LONGEST
+from lin_jax.evaluate.classify import LONGEST, by_example
 from lin_jax.layers.partition import WHOLE
 from lin_jax.models.base import Decoder
 from lin_jax.models.bert import first_features
@@ -50,9 +49,8 @@ def embed(
         not issubclass(MODELS[architecture], Decoder),
         f"vectors of sentences are made by models of whole texts, such as bert, but this is a {architecture}",
     )
-    found = np.zeros((len(texts), model.config.width), np.float32)
     if not texts:
-        return found
+        return np.zeros((0, model.config.width), np.float32)
     longest = min(model.config.row_limit or LONGEST, LONGEST)
     data = DataConfig(
         source="table",
@@ -70,15 +68,8 @@ def embed(
         return pool(features_BTC, batch["segment_ids"], pooling)
 
     examples = Examples("texts", texts, None, None, range(1, len(texts) + 1))
-    batches = batches_of(data, tokenizer, examples, np.zeros(len(texts), np.int32), trains=False)
-    try:
-        for batch in batches:
-            read = {name: jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "token_types")}
-            real = batch["examples"] >= 0
-            found[batch["examples"][real]] = np.asarray(run(arrays, read))[real]
-    finally:
-        batches.close()
-    return found
+    vectors = by_example(tokenizer, examples, data, lambda batch: run(arrays, batch), model.config.width)
+    return vectors.astype(np.float32)
 
 
 def pool(features_BTC: Float[Array, "B T C"], segment_ids_BT: Int[Array, "B T"], pooling: str) -> Float[Array, "B C"]:

@@ -1,11 +1,12 @@
 """Cross-entropy of a large vocabulary, a chunk of positions at a time."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -96,6 +97,21 @@ def sharded_loss(
         check_vma=False,
     )
     return sharded(parameters, hidden_BTC, targets_BT, weights_BT)
+
+
+def head_of(model: Any, others: Collection[str] = ()) -> tuple[Callable[[Any, Array], Array], Any]:
+    """Return what makes logits of parameters and features, and its parameters.
+
+    Layers are no part of it, and many; nor is what `others` names, such as teachers.
+    """
+    apart = {"layers", "encoder_layers", *others}
+    graph, used, unused = nnx.split(model, lambda path, _: path[0] not in apart, ...)
+
+    def head(used: Any, x: Array) -> Array:
+        merged: Any = nnx.merge(graph, used, unused)
+        return merged.head(x)
+
+    return head, used
 
 
 def chunked_loss(

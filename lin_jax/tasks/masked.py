@@ -11,7 +11,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from lin_jax.data.pipeline import training_batches, validation_batches
@@ -25,7 +24,7 @@ from lin_jax.settings.base import ConfigError, require, setting
 from lin_jax.settings.data import DataConfig
 from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.tasks.base import Batch, BatchField, Evaluation, Loss, RunSettings
-from lin_jax.tasks.loss import LossSums, sharded_loss, split_positions
+from lin_jax.tasks.loss import LossSums, head_of, sharded_loss, split_positions
 from lin_jax.tasks.text import TextTask
 
 # Of what is predicted, BERT hides most behind the mask, puts a random token in some places, and leaves the rest.
@@ -143,7 +142,7 @@ class MaskedLanguageModelling(TextTask):
         return loss
 
     def _sums(self, model: Any, batch: Batch, partition: Partition, key: Array | None, z_loss: float) -> LossSums:
-        head, used = _head_of(model)
+        head, used = head_of(model)
         hidden, targets = self._hidden(model, batch, partition, key), (batch["targets"], batch["weights"])
         chunk = max(1, self.config.train.loss_chunk * partition.shards("batch") // len(hidden))
         return sharded_loss(head, used, hidden, *targets, chunk=chunk, z_loss=z_loss, partition=partition)
@@ -172,7 +171,7 @@ class MaskedLanguageModelling(TextTask):
         def evaluate(trained: Any, frozen: Any, constants: Any, batch: Batch) -> MaskedSums:
             model = structure.model(trained, frozen, constants, partition)
             sums = self._sums(model, batch, partition, None, 0.0)
-            head, used = _head_of(model)
+            head, used = head_of(model)
 
             def add(hits: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
                 hidden, targets, weights = part
@@ -195,17 +194,6 @@ class MaskedLanguageModelling(TextTask):
         return (
             f"validation loss {values['validation_loss']:.4f}, {values['accuracy']:.1%} of masked tokens guessed right"
         )
-
-
-def _head_of(model: Any) -> tuple[Callable[[Any, Array], Array], Any]:
-    """Return a function of parameters and features that gives logits, and its parameters; layers are no part of it."""
-    graph, used, unused = nnx.split(model, lambda path, _: path[0] != "layers", ...)
-
-    def head(used: Any, x: Array) -> Array:
-        merged: Any = nnx.merge(graph, used, unused)
-        return merged.head(x)
-
-    return head, used
 
 
 class Masking:

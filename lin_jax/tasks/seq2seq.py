@@ -9,7 +9,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
 from lin_jax.data.checks import check_fits
@@ -28,7 +27,7 @@ from lin_jax.settings.finetune import FinetuneConfig
 from lin_jax.settings.generate import GenerateConfig
 from lin_jax.tasks.base import Batch, BatchField, Evaluation, Loss, RunSettings, Task, Validation
 from lin_jax.tasks.epochs import steps_of_epochs
-from lin_jax.tasks.loss import LossSums, sharded_loss
+from lin_jax.tasks.loss import LossSums, head_of, sharded_loss
 from lin_jax.tasks.measures import class_measures, number_measures
 from lin_jax.tasks.rouge import rouge
 
@@ -159,14 +158,8 @@ class SequenceToSequence(Task):
         def loss(trained: Any, frozen: Any, constants: Any, batch: Batch, key: Array | None) -> LossSums:
             model = structure.model(trained, frozen, constants, partition)
             features_BTC = pair_features(model, batch, partition, key)
-            # Layers are no part of the head, and many.
-            graph, used, unused = nnx.split(model, lambda path, _: path[0] not in ("layers", "encoder_layers"), ...)
+            head, used = head_of(model)
             chunk = self.config.train.loss_chunk * partition.shards("batch") // features_BTC.shape[0]
-
-            def head(used: Any, x: Array) -> Array:
-                merged: Any = nnx.merge(graph, used, unused)
-                return merged.head(x)
-
             targets = batch["targets"], batch["weights"]
             options: dict[str, Any] = {"z_loss": z_loss, "smoothing": smoothing, "partition": partition}
             return sharded_loss(head, used, features_BTC, *targets, chunk=max(1, chunk), **options)

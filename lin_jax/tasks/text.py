@@ -5,7 +5,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from lin_jax.data.checks import check_data
@@ -16,7 +15,7 @@ from lin_jax.models.base import Decoder, Model
 from lin_jax.models.registry import MODELS
 from lin_jax.settings.base import require
 from lin_jax.tasks.base import Batch, BatchField, RunSettings, Task
-from lin_jax.tasks.loss import LossSums, sharded_loss
+from lin_jax.tasks.loss import LossSums, head_of, sharded_loss
 
 _TYPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
 
@@ -86,14 +85,7 @@ class TextTask(Task):
         self, model: Any, features_BTC: Float[Array, "B T C"], batch: Batch, partition: Partition, *, z_loss: float
     ) -> LossSums:
         """Return the cross-entropy of the next tokens, given what `features` gives."""
-        # Layers and teachers are no part of the head, and many.
-        others = {"layers", *self.teachers}
-        graph, used, unused = nnx.split(model, lambda path, _: path[0] not in others, ...)
-
-        def head(used: Any, x: Array) -> Array:
-            merged: Any = nnx.merge(graph, used, unused)
-            return merged.head(x)
-
+        head, used = head_of(model, self.teachers)
         return sharded_loss(
             head,
             used,

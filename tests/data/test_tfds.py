@@ -1,5 +1,6 @@
 """TFDS: a dataset written and read without TensorFlow."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lin_jax.data import tfds_source
-from lin_jax.data.examples import open_examples
+from lin_jax.data.examples import open_examples, open_pairs
 from lin_jax.data.sources import open_source
 from lin_jax.experiment import ConfigError, DataConfig
 
@@ -100,3 +101,30 @@ def test_glue_is_read_by_its_names_there(monkeypatch):
     train, test = open_examples(config, "train"), open_examples(config, "RTE")
     assert (train.first, train.second, train.labels) == (["A", "A"], ["é", "é"], ["not_entailment", "entailment"])
     assert test.labels is None and len(test) == 2
+
+
+class TinyPairs(TinyTexts):
+    """A target beside each text."""
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"article": tfds.features.Text(), "highlights": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _generate_examples(self, split):
+        for number, text in enumerate(TEXTS[split]):
+            yield number, {"article": text, "highlights": text[-2:]}
+
+
+def test_pairs_are_read_when_they_are_asked_for(tmp_path):
+    TinyPairs(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    settings = {"tfds_name": "tiny_pairs", "tfds_directory": str(tmp_path), "validation_split": "test"}
+    config = DataConfig(source="tfds", text_field="article", target_field="highlights", **settings)
+    pairs = open_pairs(config, "train")
+    assert len(pairs) == 50 and "article to highlights" in pairs.fingerprint
+    taken = pairs.take([3, 0, 49])
+    assert list(taken.second) == [text[-2:] for text in taken.first] and len(set(taken.first)) == 3
+    assert set(open_pairs(config, "").take([0, 1]).first) == set(TEXTS["test"])
+    with pytest.raises(
+        ConfigError, match="has no field 'summary'; set data.text_field and data.target_field to one of"
+    ):
+        open_pairs(dataclasses.replace(config, target_field="summary"), "train")
