@@ -67,6 +67,7 @@ def settings(options: argparse.Namespace, rate: float, seed: int, directory: str
             f"--config.train.epochs={options.epochs}",
             f"--config.optimizer.peak_learning_rate={rate}",
             f"--config.finetune.checkpoint={options.model}",
+            "--config.model.dropout=0",
             *options.settings,
         ],
     )

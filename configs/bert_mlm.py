@@ -30,7 +30,7 @@ def get_config(variant: str = "augmented") -> Config:
     attention = with_kind(start, variant) if variant in ATTENTIONS else preset_attention(start, variant)
     return Config(
         workdir=f"runs/bert_mlm/{variant}",
-        model=BertConfig(attention=attention),
+        model=BertConfig(attention=attention, dropout=0.1),
         data=DataConfig(
             source="text",
             path=("data/wikitext2/wiki.train.tokens",),

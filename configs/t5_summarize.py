@@ -67,6 +67,7 @@ def get_config(variant: str = "all,softmax") -> Config:
         heads=heads,
         head_size=head_size,
         feed_forward_size=feed_forward_size,
+        dropout=0.1,
         dtype="bfloat16" if large else "float32",
         remat="full" if large else "none",
         attention=SoftmaxConfig(),
