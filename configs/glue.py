@@ -29,8 +29,8 @@ from lin_jax.experiment import (
     require,
 )
 
-# Each with the way in which its tokens see each other, and the dropout that it was trained with; T5 has three attentions,
-# which are changed alike.
+# Each with the way in which its tokens see each other, and the dropout that it was trained with; the three attentions
+# of T5 are changed alike.
 MODELS = {
     "gpt2": Gpt2Config(attention=AugmentedConfig(group_size=64), dropout=0.1),
     "bert": BertConfig(attention=AugmentedConfig(group_size=64, causal=False), masked_head=False, dropout=0.1),
