@@ -68,10 +68,10 @@ def found_by(model, prompts, **changes):
     return [tuple(int(token) for token in row.tokens) for row in rows]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    beams=st.integers(2, 4),
-    most=st.integers(1, 5),
+    beams=st.sampled_from([2, 4]),
+    most=st.sampled_from([1, 3, 5]),
     penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
     seed=st.integers(0, 99),
 )

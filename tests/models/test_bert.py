@@ -59,11 +59,12 @@ def test_no_token_sees_padding_or_another_document(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_padding_and_other_documents_change_nothing(name, data):
     model = make_model(make_config(name, labels=3))
-    lengths = [data.draw(st.integers(1, 6)) for _ in range(2)]
+    # Few lengths, as each is a program of its own.
+    lengths = [data.draw(st.sampled_from([1, 4, 6])) for _ in range(2)]
     gaps = [data.draw(st.integers(0, 2)) for _ in range(2)]
     row, ids, types = tokens(1, 16, seed=9), np.zeros((1, 16), np.int32), tokens(1, 16, seed=3) % 2
     start, places = 0, []

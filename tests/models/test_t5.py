@@ -95,11 +95,12 @@ def test_no_token_sees_later_ones_or_padding(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_padding_changes_nothing(name, data):
     model = make_model(make_config(name))
-    S, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    # Few lengths, as each is a program of its own: within a group, one, and more.
+    S, T = data.draw(st.sampled_from([1, 4, 9])), data.draw(st.sampled_from([1, 4, 9]))
     before, target_before = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     source, target = tokens(1, S, seed=S), tokens(1, T, seed=20 + T)
     alone = model(jnp.asarray(source), jnp.asarray(target))
