@@ -104,7 +104,7 @@ class ReleasedT5Attention(Attention):
         self, q: Array, k: Array, v: Array, real_BS: Array | None, scoring: Scoring | None
     ) -> Float[Array, "B N G H E"]:
         G = self.config.group_size
-        weight_BNHGG = jnp.square(jax.nn.relu(product("bnihd,bnjhd->bnhij", q, k)))
+        weight_BNHGG = jnp.square(jax.nn.relu(product("bnghd,bnahd->bnhga", q, k)))
         causal = self.config.causal
         bias_XH = None if scoring is None else scoring.bias_at(0 if causal else 1 - G, G, causal=causal)
         if bias_XH is not None:
@@ -112,7 +112,7 @@ class ReleasedT5Attention(Attention):
             weight_BNHGG += self._masked_bias(bias_HGG, real_BS)
         if causal:
             weight_BNHGG = jnp.where(jnp.tri(G, dtype=bool), weight_BNHGG, 0)
-        return product("bnhij,bnjhe->bnihe", weight_BNHGG.astype(v.dtype), v)
+        return product("bnhga,bnahe->bnghe", weight_BNHGG.astype(v.dtype), v)
 
     def _masked_bias(self, bias_HGG: Array, real_BS: Array | None) -> Float[Array, "#B #N H G G"]:
         """Return the bias, 0 to padding."""

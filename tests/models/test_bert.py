@@ -59,7 +59,7 @@ def test_no_token_sees_padding_or_another_document(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_padding_and_other_documents_change_nothing(name, data):
     model = make_model(make_config(name, labels=3))

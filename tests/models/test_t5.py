@@ -95,7 +95,7 @@ def test_no_token_sees_later_ones_or_padding(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_padding_changes_nothing(name, data):
     model = make_model(make_config(name))
@@ -128,7 +128,8 @@ def test_decoding_gives_what_whole_rows_give(name):
         whole.append(model.features(jnp.asarray(target[row : row + 1]), memory=memory)[0])
     whole = np.stack(whole)
     state = decoder.start(jnp.asarray(source_BS), jnp.asarray(real_BS), 20)
-    for start, stop in ((0, 1), (1, 7), (7, 9)):
+    # Chunks of one length, for one program; groups have four tokens.
+    for start, stop in ((0, 3), (3, 6), (6, 9)):
         x_BTC, state = decoder.forward(jnp.asarray(target[:, start:stop]), state)
         np.testing.assert_allclose(x_BTC, whole[:, start:stop], rtol=0, atol=2e-5)
     tree = tree_from_paths([[0], [1], [0, 0], [0, 0, 0], [0, 1]])

@@ -171,8 +171,8 @@ def test_killed_it_goes_on_bit_for_bit(whole, tables, tmp_path, monkeypatch):
     assert curve(config) == curve(whole[0])
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=4, tensor=2)])
-def test_every_mesh_gives_the_same_losses(whole, tables, tmp_path, mesh):
+def test_a_mesh_of_all_kinds_gives_the_same_losses(whole, tables, tmp_path):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     config = make(tables, tmp_path / "run", mesh=mesh, train=TrainConfig(steps=4, log_every=4))
     train(config, lambda line: None)
     first = [[line["loss"] for line in curve(run) if "loss" in line][:1] for run in (config, whole[0])]

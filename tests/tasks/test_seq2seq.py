@@ -203,8 +203,8 @@ def test_killed_it_goes_on_bit_for_bit(whole, tables, tmp_path, monkeypatch):
     assert curve(config) == curve(whole[0])
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=4, tensor=2)])
-def test_every_mesh_gives_the_same_losses(whole, tables, tmp_path, mesh):
+def test_a_mesh_of_all_kinds_gives_the_same_losses(whole, tables, tmp_path):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     steps = TrainConfig(steps=4, log_every=4, evaluate_batches=0)
     train(make(tables, tmp_path / "run", mesh=mesh, train=steps), lambda line: None)
     lines = read_metrics(tmp_path / "run/metrics.jsonl"), read_metrics(Path(whole[0].workdir, "metrics.jsonl"))

@@ -9,7 +9,7 @@ EVALUATIONS: Registry[type[EvaluationTask]] = Registry(
     {
         "classification": "lin_jax.evaluate.tasks.classification:ClassificationTask",
         "perplexity": "lin_jax.evaluate.tasks.perplexity:PerplexityTask",
-        "summarize": "lin_jax.evaluate.tasks.summarize:SummarizeTask",
         "speculative": "lin_jax.evaluate.tasks.speculative:SpeculativeTask",
+        "summarize": "lin_jax.evaluate.tasks.summarize:SummarizeTask",
     },
 )
