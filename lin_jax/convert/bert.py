@@ -178,5 +178,5 @@ CONVERSION = Conversion(
     is_tied=IS_TIED,
     replaced=("num_labels",),
     renamed=renamed,
-    library=lambda config: "AutoModelForMaskedLM" if config.masked_head else "AutoModel",
+    auto_class=lambda config: "AutoModelForMaskedLM" if config.masked_head else "AutoModel",
 )

@@ -102,8 +102,8 @@ def logits_of_transformers(directory: Path, config: ModelConfig, tokens_BT: np.n
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    library: Any = getattr(transformers, conversion_of(config).library(config))
-    model: Any = library.from_pretrained(str(directory), dtype=torch.float32).eval()
+    auto_class: Any = getattr(transformers, conversion_of(config).auto_class(config))
+    model: Any = auto_class.from_pretrained(str(directory), dtype=torch.float32).eval()
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     targets = {"decoder_input_ids": tokens} if MODELS[config.architecture].reads_source else {}
     with torch.no_grad():

@@ -39,7 +39,7 @@ class Conversion(NamedTuple):
         replaced: entries of config.json that say what others say which `config_to` writes.
         conv1d: projections, by the end of their names, whose matrices are [inputs, outputs].
         renamed: the tensors of a directory under the names of the table, where files have had others.
-        library: settings to the class of transformers that computes what our model gives when it is called.
+        auto_class: settings to the class of transformers that computes what our model gives when it is called.
     """
 
     model_type: str
@@ -54,7 +54,7 @@ class Conversion(NamedTuple):
     replaced: tuple[str, ...] = ()
     conv1d: tuple[str, ...] = ()
     renamed: Callable[[Tensors], Tensors] = _as_they_are
-    library: Callable[[Any], str] = _causal
+    auto_class: Callable[[Any], str] = _causal
 
 
 def conversion_of(config: ModelConfig) -> Conversion:

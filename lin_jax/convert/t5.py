@@ -184,5 +184,5 @@ CONVERSION = Conversion(
     head=HEAD,
     is_tied=IS_TIED,
     replaced=("num_labels", "is_gated_act", "dense_act_fn"),
-    library=lambda config: "AutoModelForSeq2SeqLM",
+    auto_class=lambda config: "AutoModelForSeq2SeqLM",
 )

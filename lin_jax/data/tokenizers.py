@@ -221,8 +221,7 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of texts, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in _encodings(self._backend.encode_batch_fast, texts)]
 
     def border(self, text: str, position: int, reach: int) -> int | None:
         """Return the nearest border that is one whether or not the ends of the text are cut off."""
@@ -341,14 +340,24 @@ def _encoding(encode: Callable[..., list[tokenizers.Encoding]], text: str) -> to
     """Return the encoding of a text by a method for several, which, unlike that for one, lets other threads run.
 
     Raises:
-        ConfigError: a pattern of the tokenizer tries more ways to match the text than its library allows.
+        ConfigError: see `_encodings`.
+    """
+    return _encodings(encode, [text])[0]
+
+
+def _encodings(encode: Callable[..., list[tokenizers.Encoding]], texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    """Return the encodings of texts.
+
+    Raises:
+        ConfigError: a pattern of the tokenizer tries more ways to match a text than its library allows.
     """
     try:
-        return encode([text], add_special_tokens=False)[0]
+        return encode(list(texts), add_special_tokens=False)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # The library's own, of no module that could be imported.
             raise
-        raise ConfigError(f"the tokenizer fails at {shown(text)}: {first_line(error)}") from error
+        told = shown(texts[0]) if len(texts) == 1 else f"one of {len(texts)} texts"
+        raise ConfigError(f"the tokenizer fails at {told}: {first_line(error)}") from error
 
 
 def load_tokenizer(config: DataConfig, cache_directory: epath.PathLike) -> Tokenizer:
