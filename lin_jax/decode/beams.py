@@ -1,8 +1,9 @@
 """Beam search: of several texts at a time, the one that the model finds likeliest for its length.
 
-As in transformers, whose texts two small T5 gave with it: of the likeliest `2 beams` next tokens those that end a text
-are kept aside, if they are among the first `beams`, with log-probability / tokens ** length_penalty for a score; the search
-ends where the best running text, at its present length, has no better score than the worst of `beams` that have ended.
+As in transformers, whose texts two small T5 gave with it. Of the likeliest `2 beams` next tokens those that end a text
+are kept aside, if they are among the first `beams`, with log-probability / tokens ** length_penalty for a score. The
+search ends where the best running text, at its present length, has no better score than the worst of `beams` that have
+ended.
 """
 
 # Letters beyond the legend: Z = beams of a row, A = tokens that a text may have, I = candidates.
